@@ -1,0 +1,1 @@
+"""Ground floor: standard library and NumPy only. Imports no framework and nothing above it."""

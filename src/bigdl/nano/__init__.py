@@ -1,0 +1,1 @@
+"""One machine: training, inference and search, accelerated by changing an import."""

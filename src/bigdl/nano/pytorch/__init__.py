@@ -1,0 +1,33 @@
+"""Nano for PyTorch. Names are imported when they are asked for, so inference needs no Lightning."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from bigdl.nano.pytorch.guard import Guard
+    from bigdl.nano.pytorch.inference import InferenceOptimizer
+    from bigdl.nano.pytorch.plan import Plan
+    from bigdl.nano.pytorch.trainer import Trainer
+
+__all__ = ["Guard", "InferenceOptimizer", "Plan", "Trainer"]
+
+_HOMES = {
+    "Guard": "bigdl.nano.pytorch.guard",
+    "InferenceOptimizer": "bigdl.nano.pytorch.inference",
+    "Plan": "bigdl.nano.pytorch.plan",
+    "Trainer": "bigdl.nano.pytorch.trainer",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(_HOMES[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,0 +1,81 @@
+"""The seam of the training plan: one way to make a training step faster, tried and undone.
+
+Knows torch; imports no Lightning. A candidate is applied to a module and its optimizers in
+place, wraps the step while it is applied, and takes everything back when undone.
+"""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from contextlib import AbstractContextManager
+
+    import torch
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scene:
+    """What a candidate may look at before it says yes; nothing in it may be changed.
+
+    Args:
+        module: The user's module, as the training step calls it, in the user's modes.
+        optimizers: The user's optimizers, in order.
+        batch: One batch of the run, as the step gets it.
+        steps_left: Optimizer steps still planned, None if unknown.
+        epochs_left: Epochs still planned after this one, None if unknown.
+        deterministic: The user asked for deterministic algorithms.
+        device: Where the module's parameters live.
+    """
+
+    module: torch.nn.Module
+    optimizers: tuple[torch.optim.Optimizer, ...]
+    batch: Any
+    steps_left: int | None
+    epochs_left: int | None
+    deterministic: bool
+    device: torch.device
+
+
+class Applied:
+    """A candidate in force. This base changes nothing: the null object."""
+
+    def step(self) -> AbstractContextManager[None]:
+        """Entered around forward and loss of each training step (autocast, say)."""
+        return nullcontext()
+
+    def batch(self, batch: Any) -> Any:
+        """The batch as the step should get it."""
+        return batch
+
+    def undo(self) -> None:
+        """Put module and optimizers back as they were; calling it twice is harmless."""
+
+
+class Candidate:
+    """One row of the plan; subclasses state what they do."""
+
+    name: ClassVar[str]
+    #: Results may differ from the user's own setting: guarded, and never tried under
+    #: ``deterministic``.
+    changes_numbers: ClassVar[bool] = True
+
+    def refuse(self, scene: Scene) -> str | None:
+        """Why this cannot help or cannot work here, in one sentence; None if it may."""
+        raise NotImplementedError
+
+    def apply(
+        self,
+        module: torch.nn.Module,
+        optimizers: Sequence[torch.optim.Optimizer],
+        scene: Scene,
+    ) -> Applied:
+        """Change ``module`` and ``optimizers`` in place (a copy in a probe, the real ones later).
+
+        Raises:
+            ConfigError: It turned out not to work for this model; nothing was changed.
+        """
+        raise NotImplementedError
