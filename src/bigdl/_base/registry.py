@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import difflib
 import importlib
-from collections.abc import Iterator, Mapping
 from importlib.metadata import entry_points
-from typing import Generic, TypeVar, cast
+from typing import TYPE_CHECKING, Generic, TypeVar, cast
 
 from bigdl._base.errors import ConfigError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
 
 T = TypeVar("T")
 
@@ -32,13 +34,12 @@ class Registry(Generic[T]):
         self.kind = kind
         self._known = dict(known)
         self._group = group
-        self._is_complete = group is None
 
     def _rows(self) -> dict[str, str]:
-        if not self._is_complete:
+        if self._group is not None:  # asked once, when first needed
             for entry in entry_points(group=self._group):
                 self._known.setdefault(entry.name, entry.value)
-            self._is_complete = True
+            self._group = None
         return self._known
 
     def __iter__(self) -> Iterator[str]:

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from bigdl._base.registry import Registry
-from bigdl.nano.accelerators.base import Accelerator
+
+if TYPE_CHECKING:
+    from bigdl.nano.accelerators.base import Accelerator
 
 ACCELERATORS: Registry[type[Accelerator]] = Registry(
     "accelerator",

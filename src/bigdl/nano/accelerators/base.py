@@ -7,14 +7,16 @@ callable) or for ``onnx()`` and never learns which framework made it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
 
 from bigdl._base.errors import ConfigError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Sequence
+    from pathlib import Path
 
 Precision = Literal["fp32", "bf16", "int8"]
 Arrays = tuple[np.ndarray, ...]

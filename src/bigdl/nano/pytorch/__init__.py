@@ -1,4 +1,4 @@
-"""Nano for PyTorch. Names are imported when they are asked for, so inference needs no Lightning."""
+"""Nano for PyTorch. Names are imported when asked for, so inference needs no Lightning."""
 
 from __future__ import annotations
 
