@@ -1,0 +1,119 @@
+"""What the source may not hold, whoever writes it."""
+
+from __future__ import annotations
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+SRC = ROOT / "src" / "bigdl"
+FILES = sorted(SRC.rglob("*.py"))
+TEXTS = sorted(
+    path
+    for folder in ("src", "tests", "benchmarks", "examples", "scripts", "docs")
+    for path in (ROOT / folder).rglob("*")
+    if path.suffix in {".py", ".md", ".sh", ""} and path.is_file() and ".egg-info" not in str(path)
+)
+
+# Functions whose work it is to print.
+PRINTS = {"summary", "search_summary"}
+# The one file that may set environment variables of this process.
+SETS_ENVIRONMENT = "_base/environment.py"
+
+
+def _name(path: Path) -> str:
+    return path.relative_to(SRC).as_posix()
+
+
+def _functions_around(tree: ast.AST):
+    """(node, name of the innermost function around it)."""
+
+    def walk(node, function):
+        for child in ast.iter_child_nodes(node):
+            yield child, function
+            inner = isinstance(child, (ast.FunctionDef, ast.AsyncFunctionDef))
+            yield from walk(child, child.name if inner else function)
+
+    yield from walk(tree, None)
+
+
+def test_no_utils():
+    bad = [
+        path
+        for path in SRC.rglob("*")
+        if re.fullmatch(r"_?(utils?|helpers?|misc|common)", path.stem)
+    ]
+    assert bad == []
+
+
+def test_names_are_lowercase():
+    assert [path for path in FILES if path.name != path.name.lower()] == []
+
+
+@pytest.mark.parametrize("path", FILES, ids=_name)
+def test_every_module_says_what_it_is_for(path):
+    assert ast.get_docstring(ast.parse(path.read_text())), f"{_name(path)} has no docstring"
+
+
+@pytest.mark.parametrize("path", FILES, ids=_name)
+def test_nothing_is_printed(path):
+    for node, function in _functions_around(ast.parse(path.read_text())):
+        if isinstance(node, ast.Call) and ast.unparse(node.func) in {
+            "print",
+            "pprint",
+            "sys.stdout.write",
+        }:
+            assert function in PRINTS, f"{_name(path)}:{node.lineno} prints"
+
+
+@pytest.mark.parametrize("path", FILES, ids=_name)
+def test_no_handlers_no_process_wide_settings(path):
+    forbidden = {
+        "addHandler", "basicConfig", "captureWarnings", "setLevel", "set_num_threads",
+        "set_num_interop_threads", "manual_seed", "set_default_dtype", "set_start_method",
+        "putenv",
+    }  # fmt: skip
+    scoped = SCOPED.get(_name(path), set())
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Call):
+            called = ast.unparse(node.func).rpartition(".")[2]
+            assert called not in forbidden - scoped, f"{_name(path)}:{node.lineno} calls {called}"
+
+
+# Files that may call one of those: they take it back, or run in a process of their own.
+SCOPED: dict[str, set[str]] = {}
+
+
+@pytest.mark.parametrize("path", FILES, ids=_name)
+def test_the_environment_is_changed_in_one_place(path):
+    if _name(path) == SETS_ENVIRONMENT:
+        return
+    writes = (
+        r"os\.environ\[[^\]]+\]\s*=[^=]"
+        r"|os\.environ\.(update|pop|setdefault|clear|popitem)\b"
+        r"|del os\.environ|os\.environ\s*\|=|\b(un)?setenv\("
+    )
+    assert not re.search(writes, path.read_text()), f"{_name(path)} changes the environment"
+
+
+@pytest.mark.parametrize("path", FILES, ids=_name)
+def test_caught_exceptions_are_named(path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ExceptHandler):
+            assert node.type is not None, f"{_name(path)}:{node.lineno} catches everything"
+
+
+def test_nothing_is_left_for_later():
+    mark = re.compile("TO" + "DO|FIX" + "ME|XX" + "X")
+    bad = [path for path in TEXTS if mark.search(path.read_text(errors="replace"))]
+    assert bad == []
+
+
+def test_errors_are_documented():
+    from bigdl import errors
+
+    for name in errors.__all__:
+        assert getattr(errors, name).__doc__

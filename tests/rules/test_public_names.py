@@ -1,0 +1,77 @@
+"""The public names, as a list: adding or losing one is a change of this file."""
+
+from __future__ import annotations
+import __future__
+
+import importlib
+import types
+import typing
+from importlib.util import find_spec
+
+import pytest
+
+PUBLIC = {
+    "bigdl": ["__version__"],
+    "bigdl.errors": [
+        "AccuracyError",
+        "ArgumentError",
+        "BigDLError",
+        "ConfigError",
+        "ContextError",
+        "DataError",
+        "ImageError",
+        "MissingDependencyError",
+        "NotReadyError",
+        "SearchError",
+        "StoredModelError",
+        "TimeLimitError",
+        "WorkerError",
+        "WorkerLostError",
+    ],
+    "bigdl.nano": [],
+    "bigdl.nano.pytorch": ["Guard", "InferenceOptimizer", "Plan", "Trainer"],
+}
+
+
+def _shown(module: types.ModuleType) -> set[str]:
+    """What a reader of ``dir()`` takes for public: no submodules, no names of the language."""
+    shown = set()
+    for name in dir(module):
+        value = vars(module).get(name)
+        is_foreign = (
+            isinstance(value, (types.ModuleType, __future__._Feature))
+            or getattr(value, "__module__", None) == "typing"
+            or value is typing.Any
+            or name == "TYPE_CHECKING"
+        )
+        if not name.startswith("_") and not is_foreign:
+            shown.add(name)
+    return shown
+
+
+@pytest.mark.parametrize("name", PUBLIC)
+def test_the_list(name):
+    module = importlib.import_module(name)
+    assert sorted(getattr(module, "__all__", [])) == PUBLIC[name]
+
+
+@pytest.mark.parametrize("name", PUBLIC)
+def test_dir_shows_them_and_no_others(name):
+    module = importlib.import_module(name)
+    assert _shown(module) == {item for item in PUBLIC[name] if not item.startswith("_")}
+
+
+@pytest.mark.skipif(find_spec("torch") is None, reason="needs the [torch] extra")
+@pytest.mark.parametrize("name", PUBLIC)
+def test_each_is_there_and_documented(name):
+    module = importlib.import_module(name)
+    for item in PUBLIC[name]:
+        value = getattr(module, item)
+        assert isinstance(value, str) or value.__doc__, f"{name}.{item} has no docstring"
+
+
+def test_a_wrong_name_is_an_attribute_error():
+    import bigdl.nano.pytorch
+
+    with pytest.raises(AttributeError, match="no attribute 'Trainr'"):
+        bigdl.nano.pytorch.Trainr  # noqa: B018
