@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
     from contextlib import AbstractContextManager
 
     import torch
@@ -43,6 +43,26 @@ class Scene:
 class Applied:
     """A candidate in force. This base changes nothing: the null object."""
 
+    #: What exactly is in force, in words for the plan's table ("backbone: openvino_int8").
+    detail: str = ""
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Plain values (JSON) from which ``Candidate.pinned`` builds the same again."""
+        return {}
+
+    def settle(self) -> None:
+        """Called once after the first step under the candidate, before any step is timed.
+
+        What can only be built from true inputs was built in that step.
+
+        Raises:
+            ConfigError: It turned out not to work, or not to pay; the text says why.
+        """
+
+    def epoch_started(self) -> None:
+        """Called at the start of each training epoch that begins while this is in force."""
+
     def step(self) -> AbstractContextManager[None]:
         """Entered around forward and loss of each training step (autocast, say)."""
         return nullcontext()
@@ -63,6 +83,16 @@ class Candidate:
     #: ``deterministic``.
     changes_numbers: ClassVar[bool] = True
 
+    def pinned(self, options: Mapping[str, Any]) -> Candidate:
+        """This candidate, bound to what ``Applied.options`` said when a plan was made."""
+        return self
+
+    def gentler(self) -> Candidate | None:
+        """The same idea, nearer to the user's own numbers: tried when the guard refuses this
+        one as last applied. None if there is none.
+        """
+        return None
+
     def refuse(self, scene: Scene) -> str | None:
         """Why this cannot help or cannot work here, in one sentence; None if it may."""
         raise NotImplementedError
@@ -73,7 +103,10 @@ class Candidate:
         optimizers: Sequence[torch.optim.Optimizer],
         scene: Scene,
     ) -> Applied:
-        """Change ``module`` and ``optimizers`` in place (a copy in a probe, the real ones later).
+        """Change ``module`` and ``optimizers`` in place.
+
+        In a probe ``module`` is a copy of ``scene.module``, later it is the very same. One
+        candidate object is applied to both, so that what was built for the copy serves again.
 
         Raises:
             ConfigError: It turned out not to work for this model; nothing was changed.
