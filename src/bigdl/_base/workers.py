@@ -1,0 +1,435 @@
+"""Local worker processes: started clean, watched, and gone with the call that needed them.
+
+Standard library and cloudpickle only. A *nursery*, one fresh interpreter, stands between the
+caller and its workers. It imports what every worker will need and then forks a worker for each
+request, so that the imports are paid once. That fork is safe because the nursery never runs
+anything else: it has one thread, which it checks. Where it cannot fork safely it starts a new
+interpreter for each worker instead; the caller sees no difference.
+
+The caller is never forked and its ``__main__`` is never imported, so scripts need no main guard,
+and pipes, notebooks and REPLs work. However the caller ends, the nursery notices (its line to
+the caller closes), kills every worker with all that these have started, and removes their
+temporary files.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import pickle
+import select
+import shutil
+import signal
+import socket
+import struct
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from typing import TYPE_CHECKING, Any, BinaryIO, Literal, TypeVar, cast
+
+from bigdl._base.errors import ConfigError, TimeLimitError, WorkerError, WorkerLostError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Mapping, Sequence
+    from multiprocessing.connection import Connection
+    from types import ModuleType
+
+__all__ = ["Worker", "Workers", "dumps", "run_in_child"]
+
+T = TypeVar("T")
+
+# Frames between caller and nursery: (kind, worker's number, value)
+FRAME = struct.Struct("!Bii")
+START, KILL, STARTED, ENDED = range(4)
+
+_BOOT = (
+    "import sys, json\n"
+    "sys.path[:] = json.loads(sys.argv[1])\n"
+    "from bigdl._base import nursery\n"
+    "nursery._nurse(**json.loads(sys.argv[2]))\n"
+)
+
+#: A worker that has answered may tidy up for so long before it is killed.
+_LINGER_S = 5.0
+
+
+def run_in_child(
+    fn: Callable[..., T],
+    *args: Any,
+    timeout_s: float | None = None,
+    env: Mapping[str, str] | None = None,
+    on_event: Callable[[Any], None] | None = None,
+    preload: Sequence[str] = (),
+) -> T:
+    """Run ``fn(*args)`` in a process of its own and return what it returns.
+
+    Args:
+        fn: Any function that cloudpickle can send; classes of ``__main__`` included.
+        args: Its arguments.
+        timeout_s: The process is killed, with its own children, when it takes longer.
+        env: Variables for the process, set before it starts.
+        on_event: Called here with each object that the process gives to ``emit``.
+        preload: Modules that the process imports before ``fn`` arrives.
+
+    Raises:
+        TimeLimitError: ``timeout_s`` was reached.
+        WorkerLostError: The process died; the text holds its signal or exit code.
+        Exception: What ``fn`` raised, as its own type; its cause is a ``WorkerError``.
+    """
+    with Workers(preload=preload, env=env) as workers:
+        return cast("T", workers.start(fn, *args).result(timeout_s=timeout_s, on_event=on_event))
+
+
+class Workers:
+    """A nursery and the workers it has started; used by one thread at a time.
+
+    Args:
+        preload: Modules imported once for all workers. They must not start threads when
+            imported; if one does, each worker gets an interpreter of its own.
+        env: Variables for every worker, set before the interpreter starts.
+        output: "inherit" lets workers write to our stdout and stderr; "capture" keeps it, and a
+            lost worker's error shows the end of it.
+    """
+
+    def __init__(
+        self,
+        *,
+        preload: Sequence[str] = (),
+        env: Mapping[str, str] | None = None,
+        output: Literal["inherit", "capture"] = "inherit",
+    ) -> None:
+        if not hasattr(socket, "send_fds"):
+            raise ConfigError(
+                f"Worker processes need Linux or macOS; this is {sys.platform}. "
+                "Run the work in this process instead."
+            )
+        self._preload = tuple(preload)
+        self._env = dict(env or {})
+        self._output: BinaryIO | None = (
+            cast("BinaryIO", tempfile.TemporaryFile(prefix="bigdl-"))  # noqa: SIM115  (close)
+            if output == "capture"
+            else None
+        )
+        self._workers: dict[int, Worker] = {}
+        self._count = 0
+        self._nursery: subprocess.Popen[bytes] | None = None
+        self._control: socket.socket | None = None
+        self._scratch = ""
+
+    def __enter__(self) -> Workers:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def start(self, fn: Callable[..., Any], *args: Any) -> Worker:
+        """Begin ``fn(*args)`` in a new worker."""
+        from multiprocessing.connection import Connection
+
+        payload = dumps((fn, args))  # before anything is started: it may be refused
+        if self._control is None:
+            self._start_nursery()
+        ours, theirs = socket.socketpair()
+        channel = Connection(ours.detach())
+        self._count += 1
+        worker = Worker(self, self._count, channel, self._output_end())
+        self._workers[worker.number] = worker
+        try:
+            with theirs:
+                frame = FRAME.pack(START, worker.number, 0)
+                socket.send_fds(self._line(), [frame], [theirs.fileno()])
+            channel.send_bytes(pickle.dumps((search_path(), os.getcwd())))
+            channel.send_bytes(payload)
+        except (BrokenPipeError, ConnectionResetError):
+            pass  # it died at once; ``result`` finds out how
+        except BaseException:
+            worker.cancel()
+            raise
+        return worker
+
+    def close(self) -> None:
+        """Kill what still runs and give everything back; calling it twice is harmless."""
+        control, self._control = self._control, None
+        nursery, self._nursery = self._nursery, None
+        if control is not None:
+            control.close()  # the nursery's sign to kill its workers and to end
+        if nursery is not None:
+            try:
+                nursery.wait(_LINGER_S)
+            except subprocess.TimeoutExpired:
+                nursery.kill()
+                nursery.wait()
+        for worker in self._workers.values():
+            worker._channel.close()
+        self._workers.clear()
+        if self._scratch:
+            shutil.rmtree(self._scratch, ignore_errors=True)
+            self._scratch = ""
+        if self._output is not None:
+            self._output.close()
+            self._output = None
+
+    # --- the nursery, seen from the caller ---
+
+    def _start_nursery(self) -> None:
+        if not sys.executable:
+            raise ConfigError(
+                "Cannot start worker processes: sys.executable is empty, so Python's own "
+                "program is not known here. Set sys.executable to it."
+            )
+        self._scratch = tempfile.mkdtemp(prefix="bigdl-workers-")
+        ours, theirs = socket.socketpair()
+        boot = {
+            "control": theirs.fileno(),
+            "parent": os.getpid(),
+            "preload": self._preload,
+            "scratch": self._scratch,
+        }
+        env = {**os.environ, **self._env, "TMPDIR": self._scratch}
+        with theirs:
+            self._nursery = subprocess.Popen(
+                [sys.executable, "-c", _BOOT, json.dumps(search_path()), json.dumps(boot)],
+                stdin=subprocess.DEVNULL,
+                stdout=self._output,
+                stderr=self._output,
+                env=env,
+                pass_fds=(theirs.fileno(),),
+                start_new_session=True,  # Ctrl-C is for the caller; it ends the workers
+            )
+        self._control = ours
+
+    def _line(self) -> socket.socket:
+        if self._control is None:
+            raise ConfigError("These workers are closed.")
+        return self._control
+
+    def _hear(self) -> None:
+        """Read one frame of the nursery's; its end is the end of all its workers."""
+        try:
+            frame = self._line().recv(FRAME.size, socket.MSG_WAITALL)
+        except ConnectionResetError:
+            frame = b""
+        if len(frame) < FRAME.size:
+            code = self._nursery.wait() if self._nursery is not None else 0
+            for worker in self._workers.values():
+                if worker._status is None:
+                    worker._status = code << 8 if code >= 0 else -code
+            return
+        kind, number, value = FRAME.unpack(frame)
+        worker_ = self._workers.get(number)
+        if worker_ is not None and kind == STARTED:
+            worker_.pid = value
+        elif worker_ is not None and kind == ENDED:
+            worker_._status = value
+
+    def _output_end(self) -> int:
+        return os.fstat(self._output.fileno()).st_size if self._output is not None else 0
+
+    def _output_since(self, start: int, limit: int = 4000) -> str:
+        """The end of what was written since ``start``, "" unless captured."""
+        if self._output is None:
+            return ""
+        size = self._output_end()
+        start = max(start, size - limit)
+        return os.pread(self._output.fileno(), size - start, start).decode(errors="replace")
+
+
+class Worker:
+    """One running function. Made by ``Workers.start``."""
+
+    def __init__(self, owner: Workers, number: int, channel: Connection, output: int) -> None:
+        self.number = number
+        self.pid: int | None = None
+        self._owner = owner
+        self._channel = channel
+        self._output = output  # where its captured output begins
+        self._status: int | None = None  # as os.waitpid gives it
+        self._answer: tuple[str, Any] | None = None
+        self._drained = False  # nothing more can come over the channel
+
+    def result(
+        self,
+        *,
+        timeout_s: float | None = None,
+        on_event: Callable[[Any], None] | None = None,
+    ) -> Any:
+        """Wait for the function's value; the worker is gone when this returns or raises.
+
+        Args:
+            timeout_s: Seconds from now after which the worker is killed.
+            on_event: Called here with each object that the worker emits.
+
+        Raises:
+            TimeLimitError: ``timeout_s`` was reached.
+            WorkerLostError: The worker died without an answer.
+            Exception: What the function raised.
+        """
+        started = time.monotonic()
+        try:
+            while self._answer is None and not self._is_lost():
+                left = None if timeout_s is None else timeout_s - (time.monotonic() - started)
+                if left is not None and left <= 0:
+                    raise TimeLimitError(
+                        f"A worker process took longer than its limit of {timeout_s:g} s "
+                        "and was ended."
+                    )
+                self._wait(left, on_event)
+            if self._answer is not None:
+                self._let_end()
+        finally:
+            self.cancel()
+        return self._open_answer()
+
+    def cancel(self) -> None:
+        """Kill the worker, if it still runs, with everything it has started."""
+        owner = self._owner
+        if owner._workers.pop(self.number, None) is None:
+            return
+        owner._workers[self.number] = self  # still heard of until it is gone
+        try:
+            if self._status is None and owner._control is not None:
+                with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+                    owner._control.sendall(FRAME.pack(KILL, self.number, 0))
+                while self._status is None:
+                    owner._hear()
+        finally:
+            owner._workers.pop(self.number, None)
+            self._channel.close()
+
+    def _wait(self, left: float | None, on_event: Callable[[Any], None] | None) -> None:
+        from multiprocessing.connection import wait
+
+        ends: list[Connection | socket.socket] = [self._owner._line()]
+        if not self._drained:
+            ends.append(self._channel)
+        ready = wait(ends, left)
+        if self._channel in ready:
+            self._read(on_event)
+        elif ready:
+            self._owner._hear()
+
+    def _read(self, on_event: Callable[[Any], None] | None) -> None:
+        try:
+            kind, content = pickle.loads(self._channel.recv_bytes())
+        except (EOFError, ConnectionResetError):
+            self._drained = True
+            return
+        if kind != "event":
+            self._answer = kind, content
+        elif on_event is not None:
+            on_event(pickle.loads(content))
+
+    def _is_lost(self) -> bool:
+        """Whether it is gone and all that it had sent is read."""
+        return self._status is not None and (self._drained or not self._channel.poll(0))
+
+    def _let_end(self) -> None:
+        """Give a worker that has answered the time to run its exit handlers."""
+        deadline = time.monotonic() + _LINGER_S
+        control = self._owner._line()
+        while self._status is None:
+            left = deadline - time.monotonic()
+            if left <= 0 or not select.select([control], [], [], left)[0]:
+                return
+            self._owner._hear()
+
+    def _open_answer(self) -> Any:
+        if self._answer is None:
+            output = self._owner._output_since(self._output)
+            raise WorkerLostError(
+                f"A worker process {_ending(self._status or 0)} before it gave an answer."
+                + _last_words(output),
+                traceback=output,
+            )
+        kind, content = self._answer
+        if kind == "value":
+            return pickle.loads(content)
+        name, text, trace, blob = content
+        cause = WorkerError(f"Raised in a worker process:\n{trace}", traceback=trace)
+        try:
+            error = pickle.loads(blob)
+        except Exception:  # noqa: BLE001  (any code may run in there; the text is what matters)
+            error = None
+        if not isinstance(error, BaseException):
+            raise WorkerError(f"{name}: {text}", traceback=trace) from cause
+        raise error from cause
+
+
+def _ending(status: int) -> str:
+    """How a process ended, in words, from what ``os.waitpid`` gave."""
+    if os.WIFSIGNALED(status):
+        number = os.WTERMSIG(status)
+        try:
+            name = signal.Signals(number).name
+        except ValueError:
+            name = f"signal {number}"
+        hint = "; was there too little memory?" if number == signal.SIGKILL else ""
+        return f"was killed by {name} ({signal.strsignal(number)}{hint})"
+    return f"exited with code {os.waitstatus_to_exitcode(status)}"
+
+
+def _last_words(output: str, limit: int = 8) -> str:
+    """The lines of ``output`` that say most about a crash, as the end of an error's text."""
+    before, crash, after = output.partition("Fatal Python error")  # faulthandler's words
+    lines = f"{crash}{after}".splitlines()[:limit] if crash else before.splitlines()[-limit:]
+    text = "\n".join(line for line in lines if line.strip() and "Extension modules:" not in line)
+    return f" The last that it wrote:\n{text}" if text else ""
+
+
+# --- what travels -----------------------------------------------------------------------------
+
+_registering = threading.Lock()
+
+
+def dumps(value: Any) -> bytes:
+    """Pickle ``value`` so that a worker can read it.
+
+    Code of modules that a worker cannot import (``__main__``, a module loaded from a path)
+    travels by value, all other code by name.
+    """
+    import cloudpickle
+
+    with _registering:  # cloudpickle's list of modules is global
+        here = [module for module in _unreachable() if _register(module)]
+        try:
+            return cloudpickle.dumps(value, protocol=pickle.HIGHEST_PROTOCOL)
+        finally:
+            for module in here:
+                cloudpickle.unregister_pickle_by_value(module)
+
+
+def _register(module: ModuleType) -> bool:
+    """Mark ``module`` to travel by value; False if it was marked already."""
+    import cloudpickle
+
+    if module.__name__ in cloudpickle.list_registry_pickle_by_value():
+        return False
+    cloudpickle.register_pickle_by_value(module)
+    return True
+
+
+def _unreachable() -> Iterable[ModuleType]:
+    """Loaded modules whose files are not where ``sys.path`` would find them."""
+    roots = tuple(os.path.join(os.path.realpath(path or os.curdir), "") for path in sys.path)
+    for name, module in list(sys.modules.items()):
+        file = getattr(module, "__file__", None)
+        if name == "__main__" or name != getattr(module, "__name__", None) or not file:
+            continue  # cloudpickle sends __main__ by value itself
+        if not os.path.realpath(file).startswith(roots) and not _found(name.partition(".")[0]):
+            yield module
+
+
+def _found(name: str) -> bool:
+    """Whether an import hook (an editable install's, say) finds a top-level module."""
+    for finder in sys.meta_path:
+        find = getattr(finder, "find_spec", None)
+        if find is not None and find(name, None) is not None:
+            return True
+    return False
+
+
+def search_path() -> list[str]:
+    return [str(path) for path in sys.path]
