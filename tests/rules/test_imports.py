@@ -52,6 +52,7 @@ FOREIGN = {
         "nano/accelerators/eager.py",
         "nano/accelerators/torch_*.py",
     ),
+    "xxhash": ("nano/pytorch/feature_cache.py",),
     "torchao": ("nano/accelerators/torch_int8.py",),
     "onnx": ("nano/pytorch/export.py", "nano/accelerators/onnxruntime.py"),
     "onnxscript": ("nano/pytorch/export.py",),
