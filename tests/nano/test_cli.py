@@ -19,8 +19,8 @@ pytest.importorskip("typer", reason="needs the [cli] extra")
 pytest.importorskip("rich", reason="needs the [cli] extra")
 
 RUNS = (
-    doctor.Run(accelerator="eager", precision="fp32", status="ok", latency_ms=0.25, error=0.0),
-    doctor.Run(accelerator="ipex", precision="bf16", status="refused", reason="[not] installed"),
+    doctor.Run(method="original", status="ok", latency_ms=0.25, error=0.0),
+    doctor.Run(method="ipex_bf16", status="refused", reason="[not] installed"),
 )
 PROBLEM = doctor.Finding(kind="problem", what="openvino [int8] fell over.", fix="pip install it")
 ADVICE = doctor.Finding(kind="advice", what="No jemalloc.", fix="apt-get install libjemalloc2")
@@ -102,7 +102,7 @@ class TestDoctor:
         code, out, err = bigdl("doctor")
         assert (code, err) == (0, "")
         for words in (
-            "usable cores", "eager", "0.25", "refused", "[not] installed",
+            "usable cores", "original", "0.25", "refused", "[not] installed",
             "pip install 'bigdl-next[inference]'", "advice: No jemalloc.",
             "fix: apt-get install libjemalloc2", "No problem found",
         ):  # fmt: skip

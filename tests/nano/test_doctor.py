@@ -12,28 +12,30 @@ import types
 import pytest
 
 from bigdl._base import machine
+from bigdl._base.workers import Workers
 from bigdl.nano import doctor
+from bigdl.nano.pytorch.methods import METHODS
 
 NOTHING = dict.fromkeys(doctor.PACKAGES)
 
 
-def _crash(accelerator, precision):
-    os.kill(os.getpid(), signal.SIGILL if precision == "bf16" else signal.SIGSEGV)
+def _crash(method):
+    os.kill(os.getpid(), signal.SIGILL if method.precision == "bf16" else signal.SIGSEGV)
 
 
-def _hang(accelerator, precision):
+def _hang(method):
     time.sleep(600)
 
 
-def _raise(accelerator, precision):
+def _raise(method):
     raise RuntimeError("could not create a primitive\nand much more")
 
 
-def _refuse(accelerator, precision):
+def _refuse(method):
     return {"status": "refused", "reason": "no such thing here"}
 
 
-def _succeed(accelerator, precision):
+def _succeed(method):
     return {"status": "ok", "latency_ms": 1.5, "error": 0.001}
 
 
@@ -44,6 +46,8 @@ def examine(monkeypatch):
     def run(fn, *, time_limit_s=60.0):
         monkeypatch.setattr(doctor, "_run_small", fn)
         monkeypatch.setattr(doctor, "_PRELOAD", ())
+        names = ("openvino_fp32", "openvino_bf16")
+        monkeypatch.setattr(doctor, "METHODS", {name: METHODS[name] for name in names})
         monkeypatch.setattr(doctor, "ACCELERATORS", ["openvino", "theirs"])
         monkeypatch.setattr(doctor, "installed_versions", lambda: {**NOTHING, "torch": "2.14"})
         monkeypatch.setattr(doctor, "PACKAGES", {"torch": ("json", "torch")})
@@ -57,18 +61,17 @@ def examine(monkeypatch):
 class TestRuns:
     def test_all_is_well(self, examine):
         found, heard = examine(_succeed)
-        assert [(run.accelerator, run.precision) for run in found.runs] == [
-            ("openvino", "fp32"),
-            ("openvino", "bf16"),
-            ("openvino", "int8"),
-            ("theirs", "fp32"),
+        assert [run.method for run in found.runs] == [
+            "openvino_fp32",
+            "openvino_bf16",
+            "theirs_fp32",  # of another package
         ]
         assert {(run.status, run.latency_ms, run.error) for run in found.runs} == {
             ("ok", 1.5, 0.001)
         }
         assert found.findings == ()
         assert not found.has_problem
-        assert heard[-1] == "running theirs fp32"
+        assert heard[-1] == "running theirs_fp32"
 
     def test_a_refusal_is_no_problem(self, examine):
         found, _ = examine(_refuse)
@@ -79,20 +82,19 @@ class TestRuns:
 
     def test_a_crash_is_a_problem_of_that_run_only(self, examine):
         found, _ = examine(_crash)
-        assert [run.status for run in found.runs] == ["failed"] * 4
+        assert [run.status for run in found.runs] == ["failed"] * 3
         assert "SIGSEGV" in found.runs[0].reason
         assert found.has_problem
-        assert len(found.findings) == 4
-        assert "openvino fp32" in found.findings[0].what
+        assert len(found.findings) == 3
+        assert "openvino_fp32" in found.findings[0].what
         assert "another processor" in found.findings[1].fix  # SIGILL
 
-    def test_a_hang_is_ended(self, examine, monkeypatch):
-        monkeypatch.setattr(doctor, "PRECISIONS", {"openvino": ("fp32",)})
+    def test_a_hang_is_ended(self, examine):
         start = time.monotonic()
-        found, _ = examine(_hang, time_limit_s=3.0)
+        found, _ = examine(_hang, time_limit_s=2.0)
         assert time.monotonic() - start < 30
-        assert [run.status for run in found.runs] == ["timeout"] * 2
-        assert "3 s" in found.runs[0].reason
+        assert [run.status for run in found.runs] == ["timeout"] * 3
+        assert "2 s" in found.runs[0].reason
         assert "--time-limit" in found.findings[0].fix
 
     def test_an_error_shows_its_first_line(self, examine):
@@ -221,6 +223,72 @@ class TestChecks:
         assert "XDG_CACHE_HOME" in finding.fix
 
 
+class TestSmallModel:
+    """The real thing, in a process of its own as the command does it."""
+
+    @pytest.fixture
+    def run(self):
+        pytest.importorskip("torch", reason="needs the [torch] extra")
+
+        def run(name):
+            method = METHODS[name]
+            with Workers(preload=("torch",), output="capture") as workers:
+                return workers.start(doctor._run_small, method).result(timeout_s=120)
+
+        return run
+
+    @pytest.mark.parametrize("name", ["original", "channels_last"])
+    def test_the_frameworks_own(self, run, name):
+        found = run(name)
+        assert found["status"] == "ok"
+        assert found["error"] < 1e-5
+        assert found["latency_ms"] > 0
+
+    @pytest.mark.parametrize("name", ["openvino_fp32", "onnxruntime_int8"])
+    def test_a_runtime(self, run, name):
+        pytest.importorskip(METHODS[name].accelerator, reason="needs the [inference] extra")
+        found = run(name)
+        assert found["status"] == "ok"
+        assert found["error"] < (1e-3 if name.endswith("fp32") else 0.3)
+
+    def test_a_wrong_result_is_a_failure(self, monkeypatch):
+        torch = pytest.importorskip("torch", reason="needs the [torch] extra")
+        from bigdl.nano.pytorch import smoke
+
+        class Wrong(torch.nn.Module):
+            def forward(self, x):
+                return torch.full((len(x), 10), torch.nan)
+
+            def close(self):
+                """Nothing to give back."""
+
+        monkeypatch.setattr(smoke, "build", lambda *args, **kwargs: Wrong())
+        found = smoke.run_small(METHODS["original"])
+        assert found["status"] == "failed"
+        assert "wrong by nan" in found["reason"]
+
+    def test_leaves_the_random_streams_alone(self):
+        torch = pytest.importorskip("torch", reason="needs the [torch] extra")
+        from bigdl.nano.pytorch import smoke
+
+        before = torch.get_rng_state()
+        smoke._small_model()
+        assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.slow
+def test_this_machine():
+    """Everything that is installed here works, or says why not."""
+    pytest.importorskip("torch", reason="needs the [torch] extra")
+    found = doctor.diagnose()
+    assert [run for run in found.runs if run.status in ("failed", "timeout")] == []
+    assert not found.has_problem
+    runs = {run.method: run for run in found.runs}
+    assert set(runs) >= set(METHODS)
+    assert runs["original"].status == "ok"
+    assert all(run.reason for run in found.runs if run.status == "refused")
+
+
 def test_versions_of_what_is_installed():
     versions = doctor.installed_versions()
     assert list(versions)[:3] == ["python", "bigdl", "numpy"]
@@ -231,4 +299,4 @@ def test_versions_of_what_is_installed():
 
 def test_results_are_frozen():
     with pytest.raises(dataclasses.FrozenInstanceError):
-        doctor.Run(accelerator="a", precision="fp32", status="ok").status = "failed"
+        doctor.Run(method="a", status="ok").status = "failed"

@@ -151,6 +151,8 @@ def _show(found: "Diagnosis") -> None:
     from bigdl.nano.doctor import PACKAGES
 
     console = Console(highlight=False)
+    if not console.is_terminal:
+        console.width = 160  # for files and pipes: lines are for grep, not for a screen
 
     def table(title: str, *headings: str, rows: Iterable[tuple[str, ...]]) -> None:
         grid = Table(title=title, title_justify="left", box=None, pad_edge=False)
@@ -169,8 +171,7 @@ def _show(found: "Diagnosis") -> None:
     if found.runs:
         rows = [
             (
-                run.accelerator,
-                run.precision,
+                run.method,
                 run.status,
                 "" if run.latency_ms is None else f"{run.latency_ms:.2f}",
                 "" if run.error is None else f"{run.error:.1e}",
@@ -178,12 +179,9 @@ def _show(found: "Diagnosis") -> None:
             )
             for run in found.runs
         ]
-        table(
-            "A small model", "accelerator", "precision", "status", "ms", "error", "why not",
-            rows=rows,
-        )  # fmt: skip
+        table("A small model", "method", "status", "ms", "error", "why not", rows=rows)
     for finding in found.findings:
-        console.print(Text(f"{finding.kind}: {finding.what}"))
-        console.print(Text(f"  fix: {finding.fix}"))
+        console.print(Text(f"{finding.kind}: {finding.what}"), soft_wrap=True)
+        console.print(Text(f"  fix: {finding.fix}"), soft_wrap=True)
     if not found.has_problem:
         console.print("No problem found: everything that is installed works.")

@@ -23,9 +23,12 @@ from bigdl._base.errors import ConfigError, TimeLimitError, WorkerLostError
 from bigdl._base.workers import Workers
 from bigdl.nano.accelerators import ACCELERATORS
 from bigdl.nano.accelerators.here import no_cpp
+from bigdl.nano.pytorch.methods import METHODS, method_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
+
+    from bigdl.nano.pytorch.methods import Method
 
 __all__ = ["Diagnosis", "Finding", "Run", "diagnose"]
 
@@ -51,25 +54,13 @@ PACKAGES = {
 # Imported once for all that is tried; several of the packages import it again.
 _PRELOAD = ("torch",)
 
-# What to try with each accelerator. One that another package adds is tried in fp32.
-PRECISIONS = {
-    "eager": ("fp32", "bf16"),
-    "compile": ("fp32", "bf16"),
-    "torch_int8": ("int8",),
-    "onnxruntime": ("fp32", "int8"),
-    "openvino": ("fp32", "bf16", "int8"),
-    "ipex": ("bf16",),
-    "inc": ("int8",),
-}
-
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """What became of a small model on one accelerator.
+    """What became of a small model by one method.
 
     Args:
-        accelerator: Its name in the table.
-        precision: The arithmetic asked for.
+        method: Its name, as in the table of ``optimize``.
         status: "ok", "refused" (it says itself why not here), "failed" or "timeout".
         latency_ms: Median of a call; None unless ok.
         error: Largest difference from the original's output, as a share of its largest value;
@@ -77,8 +68,7 @@ class Run:
         reason: Why not; "" if ok.
     """
 
-    accelerator: str
-    precision: str
+    method: str
     status: Literal["ok", "refused", "failed", "timeout"]
     latency_ms: float | None = None
     error: float | None = None
@@ -164,6 +154,13 @@ def installed_versions() -> Versions:
     return versions
 
 
+def methods() -> list[Method]:
+    """What is tried: the methods of ``optimize``, and fp32 on accelerators of other packages."""
+    ours = {method.accelerator for method in METHODS.values()}
+    others = [name for name in ACCELERATORS if name not in ours]
+    return [*METHODS.values(), *(method_of(name, "fp32") for name in others)]
+
+
 # --- what could crash -------------------------------------------------------------------------
 
 
@@ -196,15 +193,15 @@ class _Laboratory:
         return broken
 
     def run_accelerators(self) -> list[Run]:
-        """The small model on every accelerator of the table."""
+        """The small model by every method, and on the accelerators that other packages add."""
         runs = []
         with Workers(preload=_PRELOAD, output="capture") as workers:
-            for accelerator in ACCELERATORS:
-                for precision in PRECISIONS.get(accelerator, ("fp32",)):
-                    self._progress(f"running {accelerator} {precision}")
-                    found, status, reason = self._try(workers, _run_small, accelerator, precision)
-                    found = found or {"status": status, "reason": reason}
-                    runs.append(Run(accelerator=accelerator, precision=precision, **found))
+            for method in methods():
+                self._progress(f"running {method.name}")
+                found, status, reason = self._try(workers, _run_small, method)
+                runs.append(
+                    Run(method=method.name, **(found or {"status": status, "reason": reason}))
+                )
         return runs
 
     def _try(
@@ -227,11 +224,10 @@ def _import(module: str) -> None:
     importlib.import_module(module)
 
 
-def _run_small(accelerator: str, precision: str) -> dict[str, Any]:
+def _run_small(method: Method) -> dict[str, Any]:
     from bigdl.nano.pytorch.smoke import run_small
 
-    found: dict[str, Any] = run_small(accelerator, precision)
-    return found
+    return run_small(method)
 
 
 def _first_line(exc: BaseException) -> str:
@@ -249,7 +245,7 @@ def _broken_import(package: str, extra: str, reason: str) -> Finding:
 
 def _failure(run: Run) -> Finding:
     """The problem that a run which should have worked is."""
-    fix = f"Leave it out, excludes=[…], and report it with the versions above: {run.accelerator}."
+    fix = f"Leave it out, excludes=[{run.method!r}], and report it with the versions shown here."
     if "SIGILL" in run.reason:
         fix = "The installed build is for another processor: install one built for this one."
     elif "SIGKILL" in run.reason:
@@ -258,7 +254,7 @@ def _failure(run: Run) -> Finding:
         fix = "If the machine is busy, run this again with a larger --time-limit."
     return Finding(
         kind="problem",
-        what=f"{run.accelerator} {run.precision} did not run a small model: {run.reason}.",
+        what=f"{run.method} did not run a small model: {run.reason}.",
         fix=fix,
     )
 
