@@ -1,0 +1,307 @@
+"""Cuts a partly frozen module in two: what can be computed ahead, and the rest.
+
+Knows torch; runs nothing of the user's but ``forward`` itself, on stand-ins for tensors.
+"""
+
+from __future__ import annotations
+
+import copy
+import operator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import fx, nn
+from torch.nn.parameter import is_lazy
+
+from bigdl._base.errors import ConfigError
+from bigdl.nano.pytorch.frozen.find import is_live, stirred_by, stirred_reason
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Collection, Iterable
+
+__all__ = ["Trunk", "make_trunk", "twin"]
+
+# Functions that draw random numbers unless their "training" or "p" says otherwise.
+_RANDOM = {
+    nn.functional.dropout, nn.functional.dropout1d, nn.functional.dropout2d,
+    nn.functional.dropout3d, nn.functional.alpha_dropout, nn.functional.feature_alpha_dropout,
+    nn.functional.rrelu, torch.dropout, torch.rand, torch.randn, torch.rand_like,
+    torch.randn_like, torch.randint, torch.bernoulli, torch.normal,
+}  # fmt: skip
+# What may be done again in the second part: shapes and arithmetic with them.
+_CHEAP_METHODS = {"size", "dim", "numel"}
+_CHEAP_FUNCTIONS = {
+    getattr, operator.getitem, operator.add, operator.sub, operator.mul, operator.floordiv,
+    operator.mod, operator.neg, int,
+}  # fmt: skip
+
+
+_TENSORS = (torch.Tensor, nn.Parameter, nn.Buffer)
+# A trunk that ends before its first layer in train mode must have this share of the weights.
+_LEAST_SHARE = 0.25
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trunk:
+    """A frozen part as a module of its own.
+
+    Args:
+        ahead: Computes the frozen part; shares parameters with the user's module, not modes,
+            hooks or buffers.
+        rest: Gets what ``ahead`` returned, then the original arguments, and gives the call's
+            result through the user's own submodules; None if ``ahead`` is everything.
+        modules: The user's submodules whose modes, hooks and parts the cut relies on.
+        frozen: Those of them whose weights are within ``ahead``.
+        live: The user's submodules that the cut was made before.
+    """
+
+    ahead: nn.Module
+    rest: Callable[..., Any] | None
+    modules: tuple[nn.Module, ...]
+    frozen: tuple[nn.Module, ...]
+    live: tuple[nn.Module, ...] = ()
+
+
+def twin(module: nn.Module) -> nn.Module:
+    """A copy of ``module`` that shares its parameters and nothing else.
+
+    Raises:
+        ConfigError: It holds something that cannot be copied.
+    """
+    shared: dict[int, Any] = {id(p): p for p in module.parameters()}
+    try:
+        return copy.deepcopy(module, shared)
+    except Exception as exc:  # whatever a user's __deepcopy__ may raise
+        raise ConfigError(f"{type(module).__name__} cannot be copied: {exc}") from exc
+
+
+def make_trunk(module: nn.Module, name: str, live: Collection[int] = ()) -> Trunk:
+    """The frozen part of ``module``: all of it, or the beginning of its forward.
+
+    Args:
+        module: Where to look.
+        name: Its name, for texts.
+        live: Ids of submodules that count as trained, as they do in other modes of this module.
+
+    Raises:
+        ConfigError: There is none; the text says why.
+    """
+    for part in module.modules():
+        if isinstance(part, torch.jit.ScriptModule):
+            raise ConfigError("it is TorchScript")
+    for tensor in (*module.parameters(), *module.buffers()):
+        if is_lazy(tensor) or tensor.is_inference() or type(tensor) not in _TENSORS:
+            raise ConfigError(f"it holds a {type(tensor).__name__} of a special kind")
+    parts = tuple(module.modules())
+    if not is_live(module) and not any(id(part) in live for part in parts):
+        return Trunk(ahead=twin(module), rest=None, modules=parts, frozen=parts)
+    stirred = stirred_by(module)
+    if stirred is None or any(p.requires_grad for p in module.parameters()):
+        return _cut(module, live)
+    try:
+        trunk = _cut(module, live)
+    except ConfigError as exc:
+        raise ConfigError(stirred_reason(name, stirred)) from exc
+    if _size(trunk.frozen) < _LEAST_SHARE * _size(parts):
+        raise ConfigError(stirred_reason(name, stirred))
+    return trunk
+
+
+def _size(modules: Iterable[nn.Module]) -> int:
+    return sum(p.numel() for m in modules for p in m._parameters.values() if p is not None)
+
+
+def _cut(module: nn.Module, also_live: Collection[int]) -> Trunk:
+    """The longest beginning of ``module.forward`` that nothing trainable touches.
+
+    Raises:
+        ConfigError: Its forward cannot be followed, or nothing comes before what trains.
+    """
+
+    def lives(part: nn.Module) -> bool:
+        return is_live(part) or any(id(inner) in also_live for inner in part.modules())
+
+    graph, copied = _follow(module, lives)
+    live = _live_nodes(graph, module, lives)
+    steps = [n for n in graph.nodes if n.op not in ("placeholder", "output")]
+    ahead = [n for n in steps if n not in live]
+    called = [module.get_submodule(str(n.target)) for n in ahead if n.op == "call_module"]
+    working = [m for m in called if any(True for _ in m.parameters())]
+    border = _border(graph, live)
+    if not working or not border:
+        raise ConfigError("nothing frozen comes before the first layer that trains")
+    if len(working) == 1 and working[0]._compiled_call_impl is not None:
+        raise ConfigError("the frozen part is one submodule, which has a trunk of its own")
+    frozen = tuple({id(p): p for m in called for p in m.modules()}.values())
+    holders = _holders(module, frozen, lives)
+    direct = tuple(h for h in holders if _reads_own(h, module, ahead))
+    return Trunk(
+        ahead=_ahead(copied, graph, live, border),
+        rest=_rest(module, graph, live, border),
+        modules=(*holders, *frozen),
+        frozen=(*frozen, *direct),
+        live=tuple(
+            part
+            for n in steps
+            if n.op == "call_module" and lives(part := module.get_submodule(str(n.target)))
+        ),
+    )
+
+
+class _Tracer(fx.Tracer):
+    """Follows only modules that are partly live; others are steps of their own."""
+
+    def __init__(
+        self, lives: Callable[[nn.Module], bool], originals: dict[str, nn.Module]
+    ) -> None:
+        super().__init__()
+        self._lives, self._originals = lives, originals
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        original = self._originals[module_qualified_name]
+        parts = list(original.children())
+        lives = self._lives
+        followed = bool(parts) and lives(original) and not all(map(lives, parts))
+        if followed and (m._forward_hooks or m._forward_pre_hooks):
+            raise ConfigError(f"{module_qualified_name!r} has forward hooks")
+        return not followed
+
+
+def _follow(module: nn.Module, lives: Callable[[nn.Module], bool]) -> tuple[fx.Graph, nn.Module]:
+    """The steps of ``module.forward``, and the copy of the module that they were read from."""
+    copied = twin(module)
+    for original, copy_ in zip(module.parameters(), copied.parameters(), strict=True):
+        if original is not copy_:
+            raise ConfigError(f"{type(module).__name__} does not copy as it is")
+    tracer = _Tracer(lives, dict(module.named_modules()))
+    try:
+        return tracer.trace(copied), copied
+    except ConfigError:
+        raise
+    except Exception as exc:  # the user's forward, run on stand-ins
+        text = str(exc).partition("\n")[0]
+        raise ConfigError(
+            f"forward of {type(module).__name__} cannot be followed ({text})"
+        ) from exc
+
+
+def _live_nodes(
+    graph: fx.Graph, module: nn.Module, lives: Callable[[nn.Module], bool]
+) -> set[fx.Node]:
+    """Steps that depend on what trains or is random, and all that follow from them."""
+    live: set[fx.Node] = set()
+    for node in graph.nodes:
+        if node.op in ("placeholder", "output"):
+            continue
+        if any(n in live for n in node.all_input_nodes) or _starts_live(node, module, lives):
+            live.add(node)
+    return live
+
+
+def _starts_live(node: fx.Node, module: nn.Module, lives: Callable[[nn.Module], bool]) -> bool:
+    if node.op == "call_module":
+        return lives(module.get_submodule(str(node.target)))
+    if node.op == "get_attr":
+        holder, _, name = str(node.target).rpartition(".")
+        value = getattr(module.get_submodule(holder), name)
+        return isinstance(value, torch.Tensor) and value.requires_grad
+    if node.op == "call_method":  # in-place draws such as x.normal_()
+        return str(node.target).rstrip("_") in {
+            "normal", "uniform", "bernoulli", "random", "exponential", "requires_grad",
+        }  # fmt: skip
+    return node.target in _RANDOM and node.kwargs.get("training", True) is not False
+
+
+def _border(graph: fx.Graph, live: set[fx.Node]) -> list[fx.Node]:
+    """Steps ahead whose results the rest needs, cheap ones traced back to their sources."""
+    needed: dict[fx.Node, None] = {}
+
+    def need(node: fx.Node) -> None:
+        if node in live or node.op in ("placeholder", "get_attr"):
+            return
+        if _is_cheap(node):
+            for source in node.all_input_nodes:
+                need(source)
+        else:
+            needed[node] = None
+
+    for node in graph.nodes:
+        if node in live or node.op == "output":
+            for source in node.all_input_nodes:
+                need(source)
+    return list(needed)
+
+
+def _is_cheap(node: fx.Node) -> bool:
+    """Gives no tensor but a number or a shape: done again rather than handed over."""
+    if node.op == "call_method":
+        return node.target in _CHEAP_METHODS
+    if node.op != "call_function" or node.target not in _CHEAP_FUNCTIONS:
+        return False
+    if node.target is getattr:
+        return node.args[1] in ("shape", "device", "dtype", "ndim")
+    sources = node.all_input_nodes
+    return bool(sources) and all(_is_cheap(source) for source in sources)
+
+
+def _ahead(
+    copied: nn.Module, graph: fx.Graph, live: set[fx.Node], border: list[fx.Node]
+) -> fx.GraphModule:
+    """The steps ahead as a module over the copy."""
+    new = fx.Graph()
+    made: dict[fx.Node, fx.Node] = {}
+    for node in graph.nodes:
+        if node.op != "output" and node not in live:
+            made[node] = new.node_copy(node, lambda n: made[n])
+    new.output(tuple(made[node] for node in border))
+    return fx.GraphModule(copied, new, class_name=f"{type(copied).__name__}Trunk")
+
+
+def _rest(
+    module: nn.Module, graph: fx.Graph, live: set[fx.Node], border: list[fx.Node]
+) -> Callable[..., Any]:
+    """The steps after the border, over the user's own submodules."""
+    new = fx.Graph()
+    made: dict[fx.Node, fx.Node] = {
+        node: new.placeholder(f"ahead_{at}") for at, node in enumerate(border)
+    }
+
+    def take(node: fx.Node) -> fx.Node:
+        if node not in made:  # a cheap step or a constant, done again
+            made[node] = new.node_copy(node, take)
+        return made[node]
+
+    for node in graph.nodes:
+        if node.op == "placeholder":
+            # defaults are kept: the caller's arguments follow as they were given
+            made[node] = new.node_copy(node, take)
+    for node in graph.nodes:
+        if node in live or node.op == "output":
+            take(node)
+    rest = fx.GraphModule(module, new, class_name=f"{type(module).__name__}Rest")
+    forward: Callable[..., Any] = rest.forward
+    return forward
+
+
+def _reads_own(holder: nn.Module, root: nn.Module, nodes: Iterable[fx.Node]) -> bool:
+    """Whether a step ahead reads a tensor that ``holder`` itself owns."""
+    return any(
+        root.get_submodule(str(node.target).rpartition(".")[0]) is holder
+        for node in nodes
+        if node.op == "get_attr"
+    )
+
+
+def _holders(
+    module: nn.Module, frozen: tuple[nn.Module, ...], lives: Callable[[nn.Module], bool]
+) -> tuple[nn.Module, ...]:
+    """Modules whose forward was followed: those around the frozen ones that are live."""
+    within = {id(part) for part in frozen}
+    return tuple(
+        part
+        for part in module.modules()
+        if id(part) not in within
+        and any(True for _ in part.children())
+        and (lives(part) or part is module)
+    )
