@@ -24,6 +24,7 @@ __all__ = ["Agreement", "Metric", "check_direction", "read_metric"]
 
 #: Of a batch: the model's inputs, and the labels or None.
 Split = tuple[Any, Any]
+_NO_CLASS = -(1 << 40)
 _DIRECTIONS = {"maximize": True, "minimize": False}
 
 
@@ -188,14 +189,11 @@ class Agreement:
         reference: What an earlier measurement of the original left, to go on with.
     """
 
+    name = "agreement"
     higher_is_better = True
 
     def __init__(self, reference: list[Any] | None = None) -> None:
         self.reference = reference
-
-    @property
-    def name(self) -> str:
-        return "agreement"
 
     def measure(
         self,
@@ -207,11 +205,10 @@ class Agreement:
         if not digests:
             raise DataError("There is no batch to compare with the original's outputs on.")
         if self.reference is None:
+            if not all(_is_usable(part) for each in digests for part in each):
+                raise DataError("Your own model's outputs on this data are not all finite.")
             self.reference = digests
-            value = 1.0
-            if not all(bool(torch.isfinite(part).all()) for each in digests for part in each):
-                raise DataError("Your own model's outputs on this data are not finite.")
-            return value
+            return 1.0
         return _number(_agreement(self.reference, digests), self.name)
 
 
@@ -230,10 +227,13 @@ def _digest(prediction: Any, labels: Any) -> tuple[torch.Tensor, ...]:
     axis = None if scores is None else _class_axis(scores, labels)
     if scores is None or axis is None:
         return tuple(tensor.detach().double().cpu() for tensor in tensors)
-    top = scores.argmax(dim=axis)
     # a row with a number that is not one has no top class: it agrees with nothing
     bad = ~torch.isfinite(scores).all(dim=axis)
-    return (torch.where(bad, -1, top).cpu(),)
+    return (torch.where(bad, _NO_CLASS, scores.argmax(dim=axis)).cpu(),)
+
+
+def _is_usable(digest: torch.Tensor) -> bool:
+    return bool((torch.isfinite(digest) & (digest != _NO_CLASS)).all())
 
 
 def _class_axis(scores: torch.Tensor, labels: Any) -> int | None:
