@@ -79,6 +79,10 @@ PROCESS_WIDE = (
 # Files that may make one of those: they take it back, or they run in a process of their own.
 SCOPED: dict[str, set[str]] = {
     "_base/nursery.py": {"os.chdir", "signal.signal"},
+    "nano/accelerators/onnxruntime.py": {"addHandler", "setLevel"},
+    "nano/accelerators/openvino.py": {"setLevel"},
+    "nano/pytorch/context.py": {"set_num_threads"},
+    "nano/pytorch/process.py": {"set_num_threads"},
     "nano/pytorch/smoke.py": {"torch.manual_seed"},
     "nano/pytorch/trial.py": {"set_num_threads"},
 }

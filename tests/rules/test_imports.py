@@ -31,6 +31,9 @@ CORE = {
     "fsspec": ("*",),
 }
 
+# The training plan knows torch only; these put it into Lightning's Trainer.
+LIGHTNING = ("nano/pytorch/trainer.py", "nano/pytorch/module.py", "nano/pytorch/lightning_*.py")
+
 # A foreign library lives in the files named for it.
 FOREIGN = {
     "torch": (
@@ -43,9 +46,9 @@ FOREIGN = {
     "torchvision": ("nano/pytorch/vision/*",),
     "PIL": ("nano/pytorch/vision/*",),
     "cv2": ("nano/pytorch/vision/*",),
-    "pytorch_lightning": ("nano/pytorch/trainer.py", "nano/pytorch/module.py"),
-    "lightning": ("nano/pytorch/trainer.py", "nano/pytorch/module.py"),
-    "lightning_fabric": ("nano/pytorch/trainer.py", "nano/pytorch/module.py"),
+    "pytorch_lightning": LIGHTNING,
+    "lightning": LIGHTNING,
+    "lightning_fabric": LIGHTNING,
     "torchmetrics": ("nano/pytorch/metrics.py", "nano/pytorch/module.py"),
     "safetensors": (
         "nano/pytorch/*",
@@ -63,7 +66,7 @@ FOREIGN = {
     "neural_compressor": ("nano/accelerators/neural_compressor.py",),
     "pytest": ("testing/*",),
     "typer": ("nano/cli.py",),
-    "rich": ("nano/cli.py",),
+    "rich": ("nano/cli.py", "nano/accelerators/openvino.py"),  # NNCF's progress bars are rich's
 }
 
 
