@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from bigdl._base import machine
+from bigdl._base import cgroups, machine
 
 GIB = 2**30
 
@@ -357,7 +357,7 @@ class _ControlGroup:
     """A real control group below this process's own, or below the top; removed at the end."""
 
     def __init__(self, controller: str, settings: dict[str, dict[str, str]]) -> None:
-        self._found = list(machine._groups(controller, Path("/")))
+        self._found = list(cgroups.groups(controller, Path("/")))
         self._controller = controller
         self._settings = settings  # file that only this version has -> what to write
 

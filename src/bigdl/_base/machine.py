@@ -15,8 +15,10 @@ import subprocess
 import sys
 import tempfile
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import TYPE_CHECKING
+
+from bigdl._base import cgroups
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -80,7 +82,7 @@ def cores(*, root: Path = _ROOT) -> int:
     held back at times still does more than none.
     """
     usable = len(core_ids())
-    quota = min(_cpu_quotas(root), default=math.inf)
+    quota = min(cgroups.cpu_quotas(root), default=math.inf)
     return max(1, usable if quota == math.inf else min(usable, math.ceil(quota)))
 
 
@@ -89,7 +91,7 @@ def physical_cores(*, root: Path = _ROOT) -> int:
     siblings = set()
     for core in core_ids():
         topology = root / f"sys/devices/system/cpu/cpu{core}/topology"
-        text = _read(topology / "thread_siblings_list")
+        text = cgroups.read(topology / "thread_siblings_list")
         siblings.add(text.strip() if text else str(core))
     return max(1, min(len(siblings), cores(root=root)))
 
@@ -100,7 +102,7 @@ def numa_nodes(*, root: Path = _ROOT) -> tuple[tuple[int, ...], ...]:
     nodes = []
     folder = root / "sys/devices/system/node"
     for node in sorted(folder.glob("node[0-9]*"), key=lambda path: int(path.name[4:])):
-        ids = usable.intersection(_core_list(_read(node / "cpulist") or ""))
+        ids = usable.intersection(_core_list(cgroups.read(node / "cpulist") or ""))
         if ids:
             nodes.append(tuple(sorted(ids)))
             usable -= ids
@@ -117,17 +119,6 @@ def _core_list(text: str) -> Iterator[int]:
             yield from range(int(first), int(last or first) + 1)
 
 
-def _cpu_quotas(root: Path) -> Iterator[float]:
-    """CPU quotas, in cores, of this process's control groups and all their parents."""
-    for group in _groups("cpu", root):
-        quota, _, period = (_read(group / "cpu.max") or "max").strip().partition(" ")  # v2
-        if quota == "max":
-            quota = (_read(group / "cpu.cfs_quota_us") or "-1").strip()  # v1; -1 is no quota
-            period = (_read(group / "cpu.cfs_period_us") or "0").strip()
-        if quota.isdigit() and period.isdigit() and int(period) > 0:
-            yield int(quota) / int(period)
-
-
 # --- memory -----------------------------------------------------------------------------------
 
 
@@ -137,7 +128,7 @@ def memory_limit_bytes(*, root: Path = _ROOT) -> int:
     Returns:
         Bytes; 0 where it cannot be told.
     """
-    limits = [limit for _, limit in _memory_limits(root)]
+    limits = [limit for _, limit in cgroups.memory_limits(root)]
     total = _physical_memory(root)
     return min([total, *limits] if total else limits, default=0)
 
@@ -152,29 +143,10 @@ def available_memory_bytes(*, root: Path = _ROOT) -> int:
         Bytes, never negative; 0 where it cannot be told.
     """
     free = _free_memory(root)
-    rooms = [max(0, limit - _used_memory(group)) for group, limit in _memory_limits(root)]
+    rooms = [
+        max(0, limit - cgroups.used_memory(group)) for group, limit in cgroups.memory_limits(root)
+    ]
     return min([free, *rooms] if free else rooms, default=0)
-
-
-def _memory_limits(root: Path) -> Iterator[tuple[Path, int]]:
-    """Control groups of this process that limit memory, with the limit."""
-    for group in _groups("memory", root):
-        for name in ("memory.max", "memory.high", "memory.limit_in_bytes"):
-            text = (_read(group / name) or "max").strip()
-            # v1 says "no limit" by a number near 2**63
-            if text.isdigit() and int(text) < 1 << 60:
-                yield group, int(text)
-
-
-def _used_memory(group: Path) -> int:
-    """What a control group holds, less the file cache that the kernel gives back first."""
-    used = _read(group / "memory.current") or _read(group / "memory.usage_in_bytes") or "0"
-    statistics = dict(
-        line.split() for line in (_read(group / "memory.stat") or "").splitlines() if " " in line
-    )
-    # v1's own line is of this group alone; its "total_" one has the children too, as v2's has
-    cache = statistics.get("total_inactive_file", statistics.get("inactive_file", "0"))
-    return max(0, int(used) - int(cache))
 
 
 def _physical_memory(root: Path) -> int:
@@ -201,7 +173,7 @@ def _free_memory(root: Path) -> int:
 
 
 def _meminfo(key: str, root: Path) -> int | None:
-    match = re.search(rf"^{key}:\s+(\d+) kB", _read(root / "proc/meminfo") or "", re.M)
+    match = re.search(rf"^{key}:\s+(\d+) kB", cgroups.read(root / "proc/meminfo") or "", re.M)
     return int(match[1]) * 1024 if match else None
 
 
@@ -243,7 +215,7 @@ def isa(*, root: Path = _ROOT) -> frozenset[str]:
     """
     if sys.platform == "darwin" and root == _ROOT:
         return _macos_isa(_run("sysctl", "hw.optional"))
-    return _linux_isa(_read(root / "proc/cpuinfo") or "")
+    return _linux_isa(cgroups.read(root / "proc/cpuinfo") or "")
 
 
 def _linux_isa(cpuinfo: str) -> frozenset[str]:
@@ -357,7 +329,7 @@ def describe(*, root: Path = _ROOT) -> Machine:
 
 
 def _processor(root: Path) -> str:
-    match = re.search(r"^model name\s*:\s*(.+)$", _read(root / "proc/cpuinfo") or "", re.M)
+    match = re.search(r"^model name\s*:\s*(.+)$", cgroups.read(root / "proc/cpuinfo") or "", re.M)
     if match:
         return match[1].strip()
     if sys.platform == "darwin":
@@ -369,61 +341,7 @@ def _gib(size: int) -> str:
     return f"{size / 2**30:.1f} GiB" if size else "unknown"
 
 
-# --- reading ----------------------------------------------------------------------------------
-
-
-def _groups(controller: str, root: Path) -> Iterator[Path]:
-    """Folders of this process's control groups for ``controller``, each followed by its parents.
-
-    Version 1, version 2 and both at once; a namespace or a bind mount may hide the upper part.
-    """
-    paths = {}  # kind of hierarchy -> this process's path in it
-    for line in (_read(root / "proc/self/cgroup") or "").splitlines():
-        _, controllers, path = line.split(":", 2)
-        if not controllers:
-            paths["cgroup2"] = path
-        elif controller in controllers.split(","):
-            paths["cgroup"] = path
-    for line in (_read(root / "proc/self/mountinfo") or "").splitlines():
-        before, _, after = line.partition(" - ")
-        if not after:
-            continue
-        mounted, point = map(_unescape, before.split()[3:5])
-        kind, *_, options = after.split()
-        if kind not in paths or (kind == "cgroup" and controller not in options.split(",")):
-            continue
-        top = root / point.lstrip("/")
-        yield from _upwards(_below(top, mounted, paths[kind]), top)
-
-
-def _below(top: Path, mounted: str, path: str) -> Path:
-    """The folder of group ``path`` in a hierarchy whose part ``mounted`` is seen at ``top``."""
-    group = PurePosixPath(path)
-    if ".." not in group.parts and group.is_relative_to(mounted):
-        folder = top / group.relative_to(mounted)
-        if folder.is_dir():
-            return folder
-    return top  # seen from another namespace: the mount is all there is to read
-
-
-def _upwards(folder: Path, top: Path) -> Iterator[Path]:
-    while True:
-        yield folder
-        if folder == top:
-            return
-        folder = folder.parent
-
-
-def _unescape(text: str) -> str:
-    """The kernel writes blanks in a mount's path as octal numbers."""
-    return re.sub(r"\\([0-7]{3})", lambda match: chr(int(match[1], 8)), text)
-
-
-def _read(path: Path) -> str | None:
-    try:
-        return path.read_text(encoding="utf-8", errors="replace")
-    except OSError:  # not this system, not this kernel, or not for us to read
-        return None
+# --- asking the system ------------------------------------------------------------------------
 
 
 def _run(*command: str) -> str:
