@@ -1,6 +1,6 @@
 """The seam of the training plan: one way to make a training step faster, tried and undone.
 
-Knows torch; imports no Lightning. A candidate is applied to a module and its optimizers in
+Knows torch; imports no Lightning. The table at the end names the candidates. A candidate is applied to a module and its optimizers in
 place, wraps the step while it is applied, and takes everything back when undone.
 """
 
@@ -9,6 +9,8 @@ from __future__ import annotations
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
+
+from bigdl._base.registry import Registry
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -29,6 +31,9 @@ class Scene:
         epochs_left: Epochs still planned after this one, None if unknown.
         deterministic: The user asked for deterministic algorithms.
         device: Where the module's parameters live.
+        precision: Lightning's word for the user's own precision.
+        step_s: Seconds of the user's own step, None if it was not measured.
+        loader_share: Share of a step's time that passes in fetching its batch, None if unknown.
     """
 
     module: torch.nn.Module
@@ -38,6 +43,9 @@ class Scene:
     epochs_left: int | None
     deterministic: bool
     device: torch.device
+    precision: str = "32-true"
+    step_s: float | None = None
+    loader_share: float | None = None
 
 
 class Applied:
@@ -67,9 +75,23 @@ class Applied:
         """Entered around forward and loss of each training step (autocast, say)."""
         return nullcontext()
 
+    def whole(self) -> AbstractContextManager[None]:
+        """Entered around a whole step: forward, backward and the optimizer's."""
+        return nullcontext()
+
     def batch(self, batch: Any) -> Any:
         """The batch as the step should get it."""
         return batch
+
+    def output(self, output: Any) -> Any:
+        """What the step returned, in the types and layouts that the user's own step gives."""
+        return output
+
+    def as_users(self, checkpoint: dict[str, Any]) -> None:
+        """Take what this candidate changed out of a checkpoint that was just made, in place.
+
+        ``optimizer_states`` in it, if there, are the optimizers' state dicts, in order.
+        """
 
     def undo(self) -> None:
         """Put module and optimizers back as they were; calling it twice is harmless."""
@@ -82,6 +104,16 @@ class Candidate:
     #: Results may differ from the user's own setting: guarded, and never tried under
     #: ``deterministic``.
     changes_numbers: ClassVar[bool] = True
+    #: Only the optimizer's arithmetic changes: compared on the update from equal gradients.
+    changes_optimizer_only: ClassVar[bool] = False
+    #: Changes the process, not the copy it is applied to: undone whenever another is timed.
+    is_process_wide: ClassVar[bool] = False
+    #: How many times as fast a step may become where it helps most: what a trial can repay.
+    hope: ClassVar[float] = 1.5
+
+    def setup_s(self, scene: Scene) -> float:
+        """About how many seconds the first step under it takes longer than the others."""
+        return 0.0
 
     def pinned(self, options: Mapping[str, Any]) -> Candidate:
         """This candidate, bound to what ``Applied.options`` said when a plan was made."""
@@ -112,3 +144,33 @@ class Candidate:
             ConfigError: It turned out not to work for this model; nothing was changed.
         """
         raise NotImplementedError
+
+
+# --- the table --------------------------------------------------------------------------------
+
+_TABLE: Registry[type[Candidate]] = Registry(
+    "candidate",
+    {
+        "frozen_trunk": "bigdl.nano.pytorch.frozen:FrozenTrunk",
+        "channels_last": "bigdl.nano.pytorch.numerics:ChannelsLast",
+        "bf16": "bigdl.nano.pytorch.numerics:Bf16",
+        "fused_optimizer": "bigdl.nano.pytorch.numerics:FusedOptimizer",
+        "compile": "bigdl.nano.pytorch.compiling:Compile",
+        "allocator": "bigdl.nano.pytorch.process:Allocator",
+        "threads": "bigdl.nano.pytorch.process:Threads",
+        "prefetch": "bigdl.nano.pytorch.process:Prefetch",
+        "processes": "bigdl.nano.pytorch.process:Processes",
+    },
+)
+
+#: Every candidate's name.
+NAMES: tuple[str, ...] = tuple(_TABLE)
+
+
+def candidate(name: str) -> Candidate:
+    """A candidate by name.
+
+    Raises:
+        ConfigError: There is none of that name; the text has the nearest.
+    """
+    return _TABLE.get(name)()

@@ -1,0 +1,634 @@
+"""Which candidates a run should take: tried in best-known order on copies, guarded, timed.
+
+Knows torch; imports no Lightning. Greedy: each candidate is tried on top of what was chosen
+before it, and kept if the guard agrees and the step is faster beyond doubt.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+import math
+import statistics
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.utils import _pytree as pytree
+
+from bigdl._base.errors import ConfigError
+from bigdl.nano.pytorch import streams
+from bigdl.nano.pytorch.candidates import NAMES, Candidate, candidate
+from bigdl.nano.pytorch.guard import Difference, compare
+from bigdl.nano.pytorch.plan import Plan, Row
+from bigdl.nano.pytorch.rehearsal import Stage, StageError, dtypes, untouched
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
+    from bigdl.nano.pytorch.guard import Guard, Seen
+    from bigdl.nano.pytorch.rehearsal import Rehearsal
+
+__all__ = ["Choice", "Timing", "best_known", "kind_of", "time_in_turns"]
+
+_log = logging.getLogger(__name__)
+
+#: Faster by less than this, all together, and the user's own setting is kept.
+WORTH = 1.05
+#: Steps this long are timed twice after a warm-up; shorter ones until 2 % are resolved.
+LONG_STEP_S = 0.2
+
+
+# --- best known -------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class BestKnown:
+    """What experience says of one kind of model.
+
+    Args:
+        order: Candidates, the most promising first; the others follow.
+        together: Those that are known to help together: tried as one where the run is too
+            short to try each.
+        share: Share of the planned run that trying them may take.
+    """
+
+    order: tuple[str, ...]
+    together: tuple[str, ...] = ()
+    share: float = 0.1
+
+
+_KINDS = {
+    "convolution": BestKnown(
+        order=("frozen_trunk", "channels_last", "bf16", "fused_optimizer", "allocator", "compile"),
+        together=("channels_last", "bf16", "fused_optimizer"),
+    ),
+    "attention": BestKnown(
+        order=("frozen_trunk", "bf16", "fused_optimizer", "allocator", "compile"),
+        together=("bf16", "fused_optimizer"),
+    ),
+    "recurrent": BestKnown(
+        order=("frozen_trunk", "fused_optimizer", "threads", "bf16", "allocator"), share=0.02
+    ),
+    # a small table's step is mostly bookkeeping: little to win, so little is spent
+    "dense": BestKnown(order=("fused_optimizer", "threads", "allocator", "bf16"), share=0.01),
+}
+#: Dense models with at least so many weights are worth as much trying as the large kinds.
+_LARGE_DENSE = 5_000_000
+
+
+def kind_of(module: torch.nn.Module) -> str:
+    """The kind of a model that decides what is tried first."""
+    owners = list(module.modules())
+    convolutions = (torch.nn.modules.conv._ConvNd,)
+    if any(isinstance(one, convolutions) for one in owners):
+        return "convolution"
+    if any("attention" in type(one).__name__.lower() for one in owners):
+        return "attention"
+    if any(isinstance(one, torch.nn.RNNBase) for one in owners):
+        return "recurrent"
+    return "dense"
+
+
+def best_known(module: torch.nn.Module) -> BestKnown:
+    """What experience says of ``module``."""
+    known = _KINDS[kind_of(module)]
+    weights = sum(p.numel() for p in module.parameters() if not _is_lazy(p))
+    if known is _KINDS["dense"] and weights >= _LARGE_DENSE:
+        known = replace(known, share=0.05)
+    rest = tuple(name for name in NAMES if name not in known.order)
+    return replace(known, order=(*known.order, *rest))
+
+
+def _is_lazy(parameter: torch.nn.Parameter) -> bool:
+    return isinstance(parameter, torch.nn.parameter.UninitializedParameter)
+
+
+# --- timing -----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class Timing:
+    """Two steps timed in turns.
+
+    Args:
+        own_s: Median seconds of the first.
+        other_s: Median seconds of the second.
+        speedup: Median of the ratio first / second over the turns.
+        doubt: Half the width of what the speedup may be off by.
+    """
+
+    own_s: float
+    other_s: float
+    speedup: float
+    doubt: float
+
+    @property
+    def is_faster(self) -> bool:
+        """Whether the second is faster beyond doubt."""
+        return self.speedup - self.doubt > 1.0 and self.speedup > 1.01
+
+
+def time_in_turns(own: Any, other: Any, *, limit_s: float) -> Timing:
+    """Time ``own(n)`` and ``other(n)``, each the seconds of a step over n steps, in turns.
+
+    Both have taken a step before. Long steps get two turns; short ones blocks of some 20 ms,
+    at least six turns, and more until the doubt is below 1 % or the answer is clear.
+    """
+    first, second = own(1), other(1)
+    step_s = max(first, second)
+    if step_s >= LONG_STEP_S:
+        return _timing([(first, second), (own(1), other(1))])
+    steps = max(1, min(200, round(0.02 / max(step_s, 1e-6))))
+    turns: list[tuple[float, float]] = []
+    spent = 0.0
+    while len(turns) < 40:
+        # who comes first changes: what slows a machine down does not hit the same one
+        if len(turns) % 2:
+            b = other(steps)
+            a = own(steps)
+        else:
+            a = own(steps)
+            b = other(steps)
+        turns.append((a, b))
+        spent += (a + b) * steps
+        if len(turns) < 6:
+            continue
+        timing = _timing(turns)
+        is_clear = abs(timing.speedup - 1) > 4 * timing.doubt or timing.doubt < 0.005
+        if is_clear or spent > limit_s:
+            break
+    return _timing(turns)
+
+
+def _timing(turns: Sequence[tuple[float, float]]) -> Timing:
+    ratios = [math.log(a / b) for a, b in turns]
+    middle = statistics.median(ratios)
+    if len(turns) == 2:  # their spread is all there is to go by
+        doubt = abs(ratios[0] - ratios[1]) / 2
+    else:
+        spread = 1.4826 * statistics.median(abs(one - middle) for one in ratios)
+        doubt = 2 * 1.2533 * spread / math.sqrt(len(turns))  # two standard errors of a median
+    return Timing(
+        own_s=statistics.median(a for a, _ in turns),
+        other_s=statistics.median(b for _, b in turns),
+        speedup=math.exp(middle),
+        doubt=math.expm1(doubt) * math.exp(middle),
+    )
+
+
+# --- choosing ---------------------------------------------------------------------------------
+
+
+class Choice:
+    """The search for a plan, one trial at a time, so that a run can go on in between.
+
+    Args:
+        rehearsal: How to take a step on a copy.
+        guard: How far a step may stray.
+        own_step_s: Seconds of the user's own step in the run itself.
+        steps_left: Steps that the run still has, None if unknown.
+        candidates: What to try, in order; None is what is best known for the model.
+    """
+
+    def __init__(
+        self,
+        rehearsal: Rehearsal,
+        guard: Guard,
+        *,
+        own_step_s: float,
+        steps_left: int | None,
+        candidates: Iterable[Candidate] | None = None,
+    ) -> None:
+        self._rehearsal = rehearsal
+        self._guard = guard
+        self._own_s = own_step_s
+        self._steps_left = steps_left
+        self._known = best_known(rehearsal.scene.module)
+        if candidates is None:
+            candidates = [candidate(name) for name in self._known.order]
+        self._rows: dict[str, Row] = {}
+        self._chosen: list[Candidate] = []
+        self._options: dict[str, dict[str, Any]] = {}
+        self._waiting = [one for one in candidates if self._may(one)]
+        self._original: _Original | None = None
+        self._best: Stage | None = None  # has what is chosen in force, and has taken a step
+        self._own_copy_s = 0.0  # the user's own step on a copy
+        self._copy_s = 0.0  # a step with what is chosen, on a copy
+        self._overhead_s = 0.0  # what a step of the run takes beyond its copy
+
+    @property
+    def share(self) -> float:
+        """Share of the planned run that trying may take."""
+        return self._known.share
+
+    @property
+    def is_done(self) -> bool:
+        return not self._waiting
+
+    @property
+    def chosen(self) -> list[Candidate]:
+        """The candidate objects chosen so far: what they built on copies serves again."""
+        return list(self._chosen)
+
+    @property
+    def next_cost_s(self) -> float:
+        """About how long the next trial takes."""
+        return self._cost_s([self._waiting[0]]) if self._waiting else 0.0
+
+    def together(self) -> list[Candidate]:
+        """Those still waiting that are known to help together."""
+        return [one for one in self._waiting if one.name in self._known.together]
+
+    def cost_together_s(self) -> float:
+        """About how long trying them as one takes."""
+        return self._cost_s(self.together())
+
+    def cost_each_s(self) -> float:
+        """About how long trying them one by one takes."""
+        together = self.together()
+        later = 5 * self._own_s if self._own_s >= LONG_STEP_S else 4 * self._own_s + self._limit_s
+        return self._cost_s(together[:1]) + max(0, len(together) - 1) * later
+
+    def _cost_s(self, candidates: Sequence[Candidate]) -> float:
+        is_long = self._own_s >= LONG_STEP_S
+        first = 0 if self._original is not None else (2 if is_long else 6)
+        steps = first + (5 if is_long else 4)
+        setup = sum(one.setup_s(self._rehearsal.scene) for one in candidates)
+        return steps * self._own_s + (0.0 if is_long else self._limit_s) + setup
+
+    # --- one trial ---
+
+    def trial(self) -> None:
+        """Try the next candidate on top of what is chosen."""
+        self._try([self._waiting.pop(0)])
+
+    def trial_together(self) -> None:
+        """Try those that are known to help together, as one."""
+        together = self.together()
+        self._waiting = [one for one in self._waiting if one not in together]
+        self._try(together)
+
+    def check(self, candidates: Sequence[Candidate]) -> str | None:
+        """Why candidates of an earlier plan no longer serve; nothing is timed."""
+        scene = self._rehearsal.scene
+        for one in candidates:
+            if scene.deterministic and one.changes_numbers:
+                return "deterministic=True: nothing that changes numbers is tried"
+            reason = one.refuse(scene)
+            if reason is not None:
+                return reason
+        if not any(one.changes_numbers for one in candidates):
+            return None
+        try:
+            with untouched(scene.module):
+                self._original = _Original(self._rehearsal, is_long=True)
+                with Stage(self._rehearsal, candidates) as stage:
+                    return self._guarded(stage, candidates)[0]
+        except (StageError, ConfigError) as exc:
+            return str(exc)
+
+    def skip_next(self, reason: str) -> None:
+        """Do not try the next one, for a reason."""
+        one = self._waiting.pop(0)
+        self._rows[one.name] = Row(name=one.name, status="skipped", reason=reason)
+
+    def skip(self, reason: str) -> None:
+        """Try nothing more, for a reason."""
+        waiting, self._waiting = self._waiting, []
+        for one in waiting:
+            self._rows[one.name] = Row(name=one.name, status="skipped", reason=reason)
+
+    def _may(self, one: Candidate) -> bool:
+        """Whether a trial makes sense; else the row says why not."""
+        scene = self._rehearsal.scene
+        if one.name == "processes":
+            reason, status = one.refuse(scene), "skipped"
+        elif scene.deterministic and one.changes_numbers:
+            reason, status = "deterministic=True: nothing that changes numbers is tried", "skipped"
+        else:
+            reason, status = one.refuse(scene), "refused"
+        if reason is None:
+            saving = self._saving_s(one)
+            cost = 5 * self._own_s + one.setup_s(scene)
+            if saving is not None and cost > saving:
+                reason = f"trying takes some {cost:.3g} s, and the steps left cannot repay that"
+                status = "skipped"
+        if reason is None:
+            return True
+        self._rows[one.name] = Row(name=one.name, status=status, reason=reason)  # type: ignore[arg-type]
+        return False
+
+    def _saving_s(self, one: Candidate) -> float | None:
+        if self._steps_left is None:
+            return None
+        return self._steps_left * self._own_s * (1 - 1 / one.hope)
+
+    def _try(self, candidates: list[Candidate]) -> None:
+        try:
+            with untouched(self._rehearsal.scene.module):
+                self._tried(candidates)
+        except StageError as exc:
+            _log.debug("trial of %s failed", [one.name for one in candidates], exc_info=True)
+            self._refuse(candidates, str(exc), "skipped" if self._original is None else "refused")
+            if self._original is None:  # not even the user's own step can be rehearsed
+                self.skip(str(exc))
+
+    def _refuse(
+        self, candidates: Sequence[Candidate], reason: str, status: str = "refused", **facts: Any
+    ) -> None:
+        for one in candidates:
+            self._rows[one.name] = Row(
+                name=one.name,
+                status=status,  # type: ignore[arg-type]
+                reason=reason,
+                **facts,
+            )
+
+    def _tried(self, candidates: list[Candidate]) -> None:
+        if self._original is None:
+            self._original = _Original(self._rehearsal, is_long=self._own_s >= LONG_STEP_S)
+        try:
+            stage = Stage(self._rehearsal, [*self._chosen, *candidates])
+        except ConfigError as exc:
+            self._refuse(candidates, str(exc))
+            return
+        try:
+            reason, difference = self._guarded(stage, candidates)
+            if reason is None:
+                timing = self._timed(stage, candidates)
+                self._decide(stage, candidates, timing, difference)
+        finally:
+            if stage is not self._best:
+                stage.close()
+        if reason is not None:
+            self._gentler(candidates, reason, difference)
+
+    def _gentler(
+        self, candidates: list[Candidate], reason: str, difference: Difference | None
+    ) -> None:
+        """The guard refused: try the gentler form of a single candidate, if it has one."""
+        gentler = candidates[0].gentler() if len(candidates) == 1 and difference else None
+        if gentler is not None:
+            self._tried([gentler])
+            return
+        self._refuse(candidates, reason, **_facts(difference))
+
+    # --- the guard ---
+
+    def _guarded(
+        self, stage: Stage, candidates: Sequence[Candidate]
+    ) -> tuple[str | None, Difference | None]:
+        """Why the guard refuses what is on ``stage``, and how far it strays."""
+        assert self._original is not None
+        original = self._original
+        total: Difference | None = None
+        is_update = all(one.changes_optimizer_only for one in candidates)
+        for index, own in enumerate(original.seen):
+            batch = self._rehearsal.batches[index]
+            if index:  # from the same weights again
+                with Stage(self._rehearsal, [*self._chosen, *candidates]) as again:
+                    seen = again.look(batch)
+            else:
+                seen = stage.look(batch)
+                lost = stage.settle()
+                if lost is not None:
+                    return lost, None
+                changed = _changed_types(original.types, dtypes(stage.cast.module))
+                if changed is not None:
+                    return changed, None
+            if not streams.same(own.draws, seen.draws):
+                return "it draws otherwise from the global random streams than your step", None
+            difference = compare(own, seen)
+            if any(one.changes_optimizer_only for one in candidates):
+                by_update = self._update_difference(candidates)
+                if by_update is not None:
+                    difference = by_update if is_update else difference.worse(by_update)
+            total = difference if total is None else total.worse(difference)
+            if not any(one.changes_numbers for one in (*self._chosen, *candidates)):
+                # nothing may differ but by the order in which threads add up
+                continue
+            reason = self._guard.judge(total, original.noise)
+            if reason is not None:
+                return reason, total
+        return None, total
+
+    def _update_difference(self, candidates: Sequence[Candidate]) -> Difference | None:
+        """How the optimizers' arithmetic changes the update from the same gradients."""
+        assert self._original is not None
+        gradients = self._original.gradients
+        if gradients is None:
+            return None
+        changing = [one for one in candidates if one.changes_optimizer_only]
+        with Stage(self._rehearsal, []) as own, Stage(self._rehearsal, changing) as other:
+            return compare(own.update(gradients), other.update(gradients))
+
+    # --- the clock ---
+
+    @property
+    def _limit_s(self) -> float:
+        """How long short steps may be timed in one trial."""
+        planned_s = (self._steps_left or 0) * self._own_s
+        return max(0.15, min(1.5, 0.3 * self.share * planned_s))
+
+    def _best_stage(self) -> Stage:
+        """A copy under what is chosen so far that has taken its first, slower, step."""
+        if self._best is None:
+            self._best = Stage(self._rehearsal, self._chosen)
+            self._best.look(self._rehearsal.batches[0])
+        return self._best
+
+    def _timed(self, stage: Stage, candidates: Sequence[Candidate]) -> Timing:
+        best = self._best_stage()
+        if any(one.is_process_wide for one in candidates):
+            stage.close()
+            timing = self._timed_on_and_off(best, candidates)
+        else:
+            timing = time_in_turns(self._clock(best), self._clock(stage), limit_s=self._limit_s)
+        if not self._copy_s:
+            self._own_copy_s = self._copy_s = timing.own_s
+            # hooks, loggers and callbacks of the run itself, which no candidate betters
+            most = max(0.2 * timing.own_s, 0.005)
+            self._overhead_s = min(max(0.0, self._own_s - timing.own_s), most)
+        return timing
+
+    def _timed_on_and_off(self, best: Stage, candidates: Sequence[Candidate]) -> Timing:
+        """What changes the process: one copy is timed with it and without it."""
+        clock = self._clock(best)
+        in_force: list[Any] = []
+
+        def off(steps: int) -> float:
+            while in_force:
+                in_force.pop().undo()
+            clock(1)
+            return clock(steps)
+
+        def on(steps: int) -> float:
+            if not in_force:
+                in_force.extend(
+                    one.apply(best.cast.module, best.cast.optimizers, self._rehearsal.scene)
+                    for one in candidates
+                )
+            clock(1)
+            return clock(steps)
+
+        try:
+            return time_in_turns(off, on, limit_s=self._limit_s)
+        finally:
+            while in_force:
+                in_force.pop().undo()
+
+    def close(self) -> None:
+        """Let the copies go."""
+        if self._best is not None:
+            self._best.close()
+            self._best = None
+
+    def _clock(self, stage: Stage) -> Any:
+        batches = self._rehearsal.batches
+        is_pure = self._original is not None and self._original.is_pure
+
+        def seconds(steps: int) -> float:
+            turn = [batches[index % len(batches)] for index in range(steps)]
+            return stage.seconds(turn if is_pure else copy.deepcopy(turn))
+
+        return seconds
+
+    # --- the decision ---
+
+    def _decide(
+        self,
+        stage: Stage,
+        candidates: Sequence[Candidate],
+        timing: Timing,
+        difference: Difference | None,
+    ) -> None:
+        copy_s = self._copy_s / timing.speedup
+        step_s = self._overhead_s + copy_s
+        facts = _facts(difference) | {
+            "step_ms": 1000 * step_s,
+            "speedup": (self._overhead_s + self._own_copy_s) / step_s,
+        }
+        if not timing.is_faster:
+            self._refuse(candidates, _slower(timing), "slower", **facts)
+            return
+        self._copy_s = copy_s
+        self._chosen += candidates
+        if not any(one.is_process_wide for one in candidates):
+            self.close()
+            self._best = stage
+        for one in candidates:
+            self._rows[one.name] = Row(
+                name=one.name,
+                status="chosen",
+                reason="tried together, as the run is too short to try each"
+                if len(candidates) > 1
+                else stage.force.details.get(one.name, ""),
+                **facts,
+            )
+            if stage.force.options.get(one.name):
+                self._options[one.name] = stage.force.options[one.name]
+
+    def plan(self) -> Plan:
+        """The plan as it stands; what still waits is left out."""
+        rows = dict(self._rows)
+        own_s = self._overhead_s + (self._own_copy_s or self._own_s)
+        best_s = self._overhead_s + self._copy_s
+        speedup = own_s / best_s if self._chosen else 1.0
+        is_worth = bool(self._chosen) and speedup >= WORTH
+        if self._chosen and not is_worth:
+            for one in self._chosen:
+                row = rows[one.name]
+                text = f"{speedup - 1:.1%} faster altogether; less than {WORTH - 1:.0%} is no gain"
+                rows[one.name] = replace(row, status="slower", reason=text)
+        original = Row(
+            name="original",
+            status="slower" if is_worth else "chosen",
+            step_ms=1000 * own_s,
+            speedup=1.0,
+            loss_change=0.0,
+            cosine=1.0,
+            reason=f"what is chosen is {speedup:.2f} times as fast" if is_worth else "",
+        )
+        if not is_worth:
+            self._options = {}
+            self._chosen = []
+        tried = [rows[name] for name in rows if rows[name].step_ms is not None]
+        others = [rows[name] for name in rows if rows[name].step_ms is None]
+        return Plan((original, *tried, *others), dict(self._options))
+
+
+class _Original:
+    """The user's own step on the probe batches: what candidates are held against.
+
+    Args:
+        rehearsal: The step.
+        is_long: Steps are too long to take more of them than must be: one batch is looked at.
+    """
+
+    def __init__(self, rehearsal: Rehearsal, *, is_long: bool) -> None:
+        batch = rehearsal.batches[0]
+        with Stage(rehearsal, []) as stage:
+            self.seen: list[Seen] = [stage.look(batch)]
+            self.types = dtypes(stage.cast.module)
+            self.gradients = _by_optimizer(stage, self.seen[0])
+        #: The step does not write into its batch, so that one copy serves many steps.
+        self.is_pure = not is_long and _writes_not(rehearsal)
+        self.noise = self._noise(rehearsal, batch, self.seen[0])
+        for more in () if is_long else rehearsal.batches[1:2]:
+            with Stage(rehearsal, []) as stage:
+                self.seen.append(stage.look(more))
+            noise = self._noise(rehearsal, more, self.seen[-1])
+            if noise is not None and self.noise is not None:
+                self.noise = self.noise.worse(noise)
+
+    def _noise(self, rehearsal: Rehearsal, batch: Any, seen: Seen) -> Difference | None:
+        noisy = rehearsal.noisy(batch)
+        if noisy is None:
+            return None
+        with Stage(rehearsal, []) as stage:
+            return compare(seen, stage.look(noisy))
+
+
+def _by_optimizer(stage: Stage, seen: Seen) -> list[Any] | None:
+    """The gradients of one call of each optimizer, if each was called."""
+    calls = dict(zip(seen.callers, seen.vectors, strict=True))
+    places = range(len(stage.cast.optimizers))
+    return [calls[place] for place in places] if calls.keys() == set(places) else None
+
+
+def _writes_not(rehearsal: Rehearsal) -> bool:
+    batch = copy.deepcopy(rehearsal.batches[0])
+    with Stage(rehearsal, []) as stage:
+        stage.seconds([batch])
+    before, after = pytree.tree_leaves(rehearsal.batches[0]), pytree.tree_leaves(batch)
+    if len(before) != len(after):
+        return False
+    return all(
+        isinstance(a, torch.Tensor)
+        and isinstance(b, torch.Tensor)
+        and a.layout is torch.strided
+        and torch.equal(a, b)
+        if isinstance(a, torch.Tensor)
+        else type(a) in (int, float, str, bool, type(None)) and a == b
+        for a, b in zip(before, after, strict=True)
+    )
+
+
+def _changed_types(own: dict[str, torch.dtype], other: dict[str, torch.dtype]) -> str | None:
+    for name, dtype in own.items():
+        if other.get(name, dtype) != dtype:
+            return f"{name} would become {str(other[name]).removeprefix('torch.')}"
+    return None
+
+
+def _facts(difference: Difference | None) -> dict[str, Any]:
+    if difference is None or not math.isfinite(difference.loss_change):
+        return {}
+    return {"loss_change": difference.loss_change, "cosine": difference.cosine}
+
+
+def _slower(timing: Timing) -> str:
+    if timing.speedup < 1:
+        return f"{1 / timing.speedup - 1:.1%} slower"
+    return f"{timing.speedup - 1:.1%} faster, not beyond doubt (±{timing.doubt:.1%})"
