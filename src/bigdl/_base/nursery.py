@@ -117,7 +117,7 @@ _BOOT = (
     "sys.path[:] = json.loads(sys.argv[1])\n"
     "from bigdl._base import nursery\n"
     "nursery._die_with(int(sys.argv[3]))\n"
-    "nursery._leave(workers._work(int(sys.argv[2])))\n"
+    "nursery._leave(nursery._work(int(sys.argv[2])))\n"
 )
 
 

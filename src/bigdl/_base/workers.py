@@ -217,6 +217,9 @@ class Workers:
             for worker in self._workers.values():
                 if worker._status is None:
                     worker._status = code << 8 if code >= 0 else -code
+                    if worker.pid is not None:  # nobody else is left to end its children
+                        with contextlib.suppress(ProcessLookupError, PermissionError):
+                            os.killpg(worker.pid, signal.SIGKILL)
             return
         kind, number, value = FRAME.unpack(frame)
         worker_ = self._workers.get(number)
