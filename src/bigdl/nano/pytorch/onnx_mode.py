@@ -9,7 +9,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from bigdl._base.errors import ArgumentError, NotReadyError
-from bigdl.nano.pytorch.batches import check_sample
+from bigdl.nano.pytorch.batches import as_batches, check_sample, first_batch
+from bigdl.nano.pytorch.export import split_batch
 
 if TYPE_CHECKING:
     from torch import nn
@@ -22,23 +23,41 @@ __all__ = ["add_onnx_mode", "in_onnx_mode"]
 _METHODS = ("eval_onnx", "exit_onnx")
 
 
-def add_onnx_mode(
-    model: nn.Module, quantized: AcceleratedModule | None, sample: Sample
-) -> nn.Module:
-    """Give ``model`` the methods ``eval_onnx`` and ``exit_onnx``, and return it.
+def add_onnx_mode(model: nn.Module, **quantizing: Any) -> nn.Module:
+    """Quantize ``model`` for ONNX Runtime, and give it ``eval_onnx`` and ``exit_onnx``.
 
     Args:
         model: The caller's own object.
-        quantized: Its int8 form, for ``eval_onnx(quantize=True)``.
-        sample: An example of its inputs, for ``eval_onnx()``.
+        quantizing: Arguments of ``InferenceOptimizer.quantize`` but for precision and
+            accelerator.
+
+    Returns:
+        ``model``, which runs as before until ``eval_onnx`` is called.
+
+    Raises:
+        As ``InferenceOptimizer.quantize``; the model is then as it was.
     """
-    mode = _mode_of(model)
-    if mode is not None:
-        mode.exit_onnx()
-    mode = _OnnxMode(model, quantized, sample)
+    from bigdl.nano.pytorch.inference import InferenceOptimizer
+
+    was = _mode_of(model)
+    if was is not None:
+        was.exit_onnx()
+    if quantizing.get("calib_data") is not None:
+        quantizing["calib_data"] = as_batches(quantizing["calib_data"], "calib_data")
+    quantized = InferenceOptimizer.quantize(model, "int8", "onnxruntime", **quantizing)
+    mode = _OnnxMode(model, quantized, _example(model, **quantizing))
     for name in _METHODS:  # on the object, past nn.Module's own registers
         model.__dict__[name] = getattr(mode, name)
     return model
+
+
+def _example(
+    model: nn.Module, *, input_sample: Any = None, calib_data: Any = None, **_: Any
+) -> Any:
+    """Inputs to export with, for a later ``eval_onnx()`` without a sample."""
+    if input_sample is not None or calib_data is None:
+        return input_sample
+    return split_batch(first_batch(calib_data, "calib_data"), model)[0]
 
 
 def in_onnx_mode(model: Any) -> bool:
@@ -57,11 +76,11 @@ class _OnnxMode:
     """What ``add_onnx_mode`` keeps beside a model."""
 
     def __init__(
-        self, model: nn.Module, quantized: AcceleratedModule | None, sample: Sample
+        self, model: nn.Module, quantized: AcceleratedModule, example: Sample | None
     ) -> None:
         self._model = model
-        self._quantized = quantized
-        self._sample = sample
+        self._quantized: AcceleratedModule | None = quantized
+        self._example = example
         self._weights = _versions(model)
         self._exported: tuple[Any, AcceleratedModule] | None = None
         self.session: AcceleratedModule | None = None
@@ -128,7 +147,7 @@ class _OnnxMode:
         key = _versions(self._model)
         if input_sample is None and self._exported is not None and self._exported[0] == key:
             return self._exported[1]
-        sample = self._sample if input_sample is None else input_sample
+        sample = self._example if input_sample is None else input_sample
         session = InferenceOptimizer.trace(self._model, sample, accelerator="onnxruntime")
         self._exported = key, session
         return session
@@ -141,4 +160,6 @@ class _OnnxMode:
 def _versions(model: nn.Module) -> list[tuple[int, int]]:
     """A value that changes when an optimizer, or anything in place, changes the weights."""
     tensors = [*model.parameters(), *model.buffers()]
-    return [(tensor.data_ptr(), tensor._version) for tensor in tensors]
+    return [
+        (tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version) for tensor in tensors
+    ]
