@@ -13,6 +13,7 @@ import logging
 import shutil
 import tempfile
 import threading
+import weakref
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -121,6 +122,8 @@ class FeatureCache:
         if new:
             rows = torch.tensor(list(new.values()))
             computed = compute(tuple(tensor.index_select(0, rows) for tensor in inputs))
+            if self._store is not None and self._store.layout != _layout(computed):
+                return compute(inputs)  # the outputs' form depends on more than one row
         outputs = self._gather(keys, slots, new, computed)
         if new:
             self._keep(new, computed)
@@ -154,7 +157,7 @@ class FeatureCache:
         if self._store is None:
             self._store = _Store(_layout(outputs), *self._budget)
         elif self._store.layout != _layout(outputs):
-            return  # the outputs' form depends on more than one row
+            return
         parts = [_as_bytes(tensor) for tensor in outputs]
         for row, key in enumerate(new):
             slot = self._store.write([part[row] for part in parts], may_spill=self.hits > 0)
@@ -256,7 +259,8 @@ class _Store:
             self._spill_bytes = shutil.disk_usage(folder).free // 4
         if self._spill_bytes < self._row_bytes:
             return
-        self._file = tempfile.TemporaryFile(dir=folder, buffering=0)  # noqa: SIM115  (see close)
+        self._file = tempfile.TemporaryFile(dir=folder, buffering=0)  # noqa: SIM115
+        weakref.finalize(self, self._file.close)
 
 
 # --- tensors as bytes -------------------------------------------------------------------------

@@ -40,6 +40,7 @@ class FrozenTrunk(Candidate):
     """
 
     name: ClassVar[str] = "frozen_trunk"
+    hope: ClassVar[float] = 8.0
 
     def __init__(
         self, *, forms: Sequence[str] | None = None, cache_bytes: int | None = None
@@ -47,7 +48,7 @@ class FrozenTrunk(Candidate):
         self._forms = tuple(map(_form, forms)) if forms is not None else FORMS
         self._cache_bytes = cache_bytes
         self._pins: dict[str, Form] | None = None
-        self._built: dict[Any, Made] = {}
+        self._built: dict[tuple[str, Any, bool, bytes], Made] = {}
         self._last: _AppliedTrunks | None = None
 
     def refuse(self, scene: Scene) -> str | None:
@@ -115,7 +116,7 @@ class _AppliedTrunks(Applied):
         forms: Sequence[Form],
         pins: Mapping[str, Form] | None,
         budget: Budget | None,
-        built: dict[Any, Made],
+        built: dict[tuple[str, Any, bool, bytes], Made],
         cache_bytes: int | None,
     ) -> None:
         self._forms, self._pins = forms, pins
@@ -182,6 +183,8 @@ def _place(module: torch.nn.Module, name: str) -> Place:
         part = module.get_submodule(name)
     except AttributeError as exc:
         raise ConfigError(f"The plan has a frozen trunk at {name!r}, but {exc}.") from exc
+    if part._compiled_call_impl is not None:
+        raise ConfigError(f"The plan has a frozen trunk at {name!r}, which is compiled already.")
     return Place(name=name, module=part, whole=not is_live(part))
 
 

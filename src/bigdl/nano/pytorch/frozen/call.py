@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -15,9 +16,11 @@ from bigdl.nano.pytorch.structure import flatten
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
+    from bigdl.nano.pytorch.structure import Structure
+
     Tensors = tuple[torch.Tensor, ...]
 
-__all__ = ["Streams", "as_now", "is_plain", "kind_of", "quiet"]
+__all__ = ["Kind", "Streams", "as_now", "is_plain", "kind_of", "quiet"]
 
 _CONSTANTS = (type(None), bool, int, float, str, torch.dtype)
 
@@ -35,27 +38,45 @@ def is_plain() -> bool:
     )
 
 
-def kind_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensors, Any] | None:
-    """The call's tensors, and what a form made for this call must find again in others.
+@dataclass(frozen=True)
+class Kind:
+    """What a call is like.
+
+    Args:
+        tensors: Its tensors.
+        arguments: How they are nested in (args, kwargs).
+        key: What a form made for this call must find again in others.
+    """
+
+    tensors: Tensors
+    arguments: Structure
+    key: Any
+
+
+#: Of the common call with one tensor.
+_ONE = flatten(((torch.empty(0),), {}))[1]
+
+
+def kind_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Kind | None:
+    """What the call is like.
 
     Returns:
         None for a call that the user's own module must answer: one with a gradient to pass on,
         without rows, or with arguments that cannot be told apart by value.
     """
     tensors: Tensors
-    shape_of_call: Any = None
+    types: tuple[type, ...] = ()
     if len(args) == 1 and not kwargs and type(args[0]) is torch.Tensor:
-        tensors = args
+        tensors, arguments = args, _ONE
     else:
-        found, structure = flatten((args, kwargs))
-        constants = [value for _, value in structure.constants("")]
+        found, arguments = flatten((args, kwargs))
+        constants = [value for _, value in arguments.constants("")]
         if not found or not all(isinstance(value, _CONSTANTS) for value in constants):
             return None
         # equal values of different types (1, True) are different calls
-        tensors = tuple(found)
-        shape_of_call = (structure, tuple(map(type, constants)))
+        tensors, types = tuple(found), tuple(map(type, constants))
     grad = torch.is_grad_enabled()
-    parts: list[Any] = [shape_of_call, _autocast(tensors[0].device.type)]
+    parts: list[Any] = [arguments, types, _autocast(tensors[0].device.type)]
     for tensor in tensors:
         if (
             type(tensor) is not torch.Tensor
@@ -65,7 +86,7 @@ def kind_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensors, Any
         ):
             return None
         parts.append((tensor.dtype, tensor.shape[1:], tensor.dim(), tensor.device))
-    return tensors, tuple(parts)
+    return Kind(tensors, arguments, tuple(parts))
 
 
 def _autocast(device: str) -> torch.dtype | None:

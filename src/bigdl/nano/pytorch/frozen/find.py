@@ -4,11 +4,21 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.dropout import _DropoutNd
+from torch.nn.parameter import is_lazy
 
-__all__ = ["Place", "find_places", "is_live", "stirred_by", "why_none"]
+__all__ = [
+    "LEAST_SHARE",
+    "Place",
+    "find_places",
+    "is_live",
+    "stirred_by",
+    "stirred_reason",
+    "why_none",
+]
 
 _RECURRENT = (nn.RNNBase, nn.MultiheadAttention)
 
@@ -58,30 +68,48 @@ def _stirs(module: nn.Module) -> bool:
 
 
 def find_places(root: nn.Module, root_name: str = "") -> list[Place]:
-    """The places in ``root``, outer ones before those within them; each module once."""
+    """The places in ``root``, outer ones before those within them; each module once.
+
+    Small parts are left out, and single layers of what is only kept back by its mode.
+    """
     places: list[Place] = []
     seen: set[int] = set()
+    least = _LEAST_PART * _frozen_size(root)
 
-    def look(module: nn.Module, name: str) -> None:
+    def look(module: nn.Module, name: str, *, layers: bool) -> None:
         if id(module) in seen:
             return
         seen.add(id(module))
-        parameters = list(module.parameters())
-        if not parameters or all(p.requires_grad for p in parameters):
+        frozen = _frozen_size(module)
+        if not frozen or frozen < least:
             return
+        children = list(module.named_children())
         whole = not is_live(module)
-        if _can_be_called(module):
+        can_be_called = _can_be_called(module)
+        if can_be_called and (children or layers):
             places.append(Place(name=name, module=module, whole=whole))
-        if not whole or not _can_be_called(module):
-            for child_name, child in module.named_children():
-                look(child, f"{name}.{child_name}" if name else child_name)
+        if whole and can_be_called:
+            return
+        trains = any(p.requires_grad for p in module.parameters())
+        for child_name, child in children:
+            look(child, f"{name}.{child_name}" if name else child_name, layers=layers and trains)
 
-    look(root, root_name)
+    look(root, root_name, layers=True)
     return places
+
+
+# Of all that is frozen, so much must be in a place.
+_LEAST_PART = 0.1
+
+
+def _frozen_size(module: nn.Module) -> int:
+    return sum(p.numel() for p in module.parameters() if not p.requires_grad and not is_lazy(p))
 
 
 def _can_be_called(module: nn.Module) -> bool:
     """Containers such as ModuleList have no forward; a compiled call is the user's own choice."""
+    if isinstance(module, torch.jit.ScriptModule):
+        return False
     forward = type(module).forward
     return forward is not nn.Module.forward and module._compiled_call_impl is None
 
@@ -98,15 +126,11 @@ def why_none(root: nn.Module) -> str | None:
         return "no submodule that is called as a whole has frozen parameters"
     if any(place.whole for place in places):
         return None
-    stirred = [
-        (place.name, part)
-        for place in places
-        if not any(p.requires_grad for p in place.module.parameters())
-        and (part := stirred_by(place.module)) is not None
-    ]
-    if stirred and all(_begins_stirred(place.module) for place in places):
-        name, part = stirred[0]
-        return stirred_reason(name, part)
+    for place in places:
+        stirred = stirred_by(place.module)
+        if stirred is not None and not any(p.requires_grad for p in place.module.parameters()):
+            hopeless = all(_share_before_live(each.module) < LEAST_SHARE for each in places)
+            return stirred_reason(place.name, stirred) if hopeless else None
     return None
 
 
@@ -119,6 +143,16 @@ def stirred_reason(name: str, part: str) -> str:
     )
 
 
-def _begins_stirred(module: nn.Module) -> bool:
-    """Whether the first layer with parameters that has children beside it is live already."""
-    return is_live(next(module.children(), module))
+#: A trunk that ends before the first layer in train mode must have this share of the weights.
+LEAST_SHARE = 0.25
+
+
+def _share_before_live(module: nn.Module) -> float:
+    """The share of weights in layers that were registered before the first live one."""
+    before = 0
+    for part in module.modules():
+        own = [p for p in part._parameters.values() if p is not None and not is_lazy(p)]
+        if _stirs(part) or any(p.requires_grad for p in own):
+            break
+        before += sum(p.numel() for p in own)
+    return before / max(1, _frozen_size(module))

@@ -6,7 +6,7 @@ Knows torch. Runtimes are reached through the table of accelerators.
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,6 +18,7 @@ from bigdl.nano.accelerators import ACCELERATORS
 from bigdl.nano.accelerators.base import Calibration, Spec
 from bigdl.nano.accelerators.here import no_bf16
 from bigdl.nano.pytorch.binding import to_array, to_tensor
+from bigdl.nano.pytorch.frozen.split import Called, CallTracer
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -43,6 +44,8 @@ class Subject:
     module: nn.Module
     inputs: Tensors
     outputs: Tensors
+    #: What several forms need and one of them has made.
+    shared: dict[str, Any] = field(default_factory=dict, compare=False, repr=False)
 
     @property
     def device(self) -> torch.device:
@@ -174,7 +177,8 @@ def _no_bf16(subject: Subject) -> str | None:
 
 def _build_eager(subject: Subject, dtype: torch.dtype | None) -> Runner:
     """A copy of its own: batch norm folded, channels last, weights in ``dtype``."""
-    module = _folded(copy.deepcopy(subject.module)).requires_grad_(False)
+    module = copy.deepcopy(subject.module).requires_grad_(False)
+    module.ahead = _folded(module.get_submodule("ahead"))
     if dtype is not None:
         module = module.to(dtype)
     last = any(isinstance(part, (nn.Conv2d, nn.ConvTranspose2d)) for part in module.modules())
@@ -197,15 +201,19 @@ def _prepared(tensor: torch.Tensor, dtype: torch.dtype | None, last: bool) -> to
     return tensor.to(wanted)
 
 
-def _folded(module: nn.Module) -> nn.Module:
-    """``module`` with each batch norm folded into the layer before it, where that can be seen.
+def _folded(called: nn.Module) -> nn.Module:
+    """``called`` with each batch norm folded into the layer before it, where that can be seen.
 
-    ``module`` is used up.
+    ``called`` is used up.
     """
+    module = called
+    tracer = fx.Tracer()
+    if isinstance(module, Called):
+        tracer, module = CallTracer(module.arguments), module.module
     try:
-        graph = fx.Tracer().trace(module)
+        graph = tracer.trace(module)
     except Exception:  # noqa: BLE001  (the user's forward, run on stand-ins: it stays as it is)
-        return module
+        return called
     calls: dict[str, int] = {}
     for node in graph.nodes:
         if node.op == "call_module":
@@ -219,7 +227,8 @@ def _folded(module: nn.Module) -> nn.Module:
         once = calls[str(before.target)] == calls[str(node.target)] == len(before.users) == 1
         if fuse is None or not once or norm.training or norm.running_mean is None:
             continue
-        _put(module, str(before.target), fuse(layer, norm))
+        # the layer's own mode has no meaning
+        _put(module, str(before.target), fuse(layer.eval(), norm))
         node.replace_all_uses_with(before)
         graph.erase_node(node)
     return fx.GraphModule(module, graph)
@@ -265,7 +274,9 @@ def _accelerated(name: str, precision: Precision, subject: Subject) -> Runner:
     from bigdl.nano.pytorch.export import TorchSource
 
     accelerator = ACCELERATORS.get(name)()
-    source = TorchSource(subject.module, subject.inputs)
+    source = subject.shared.get("source")
+    if source is None:  # its export takes a while, and serves every runtime
+        source = subject.shared["source"] = TorchSource(subject.module, subject.inputs)
     spec = Spec(
         precision=precision,
         inputs=source.inputs,

@@ -15,6 +15,7 @@ from bigdl._base.errors import ConfigError
 from bigdl.nano.pytorch.frozen.call import Streams, as_now
 from bigdl.nano.pytorch.frozen.find import stirred_by
 from bigdl.nano.pytorch.frozen.forms import Subject, drift
+from bigdl.nano.pytorch.frozen.split import traces
 from bigdl.nano.pytorch.structure import Structure, flatten
 
 if TYPE_CHECKING:
@@ -27,26 +28,18 @@ if TYPE_CHECKING:
 __all__ = ["FlatTrunk", "Reference", "take_reference"]
 
 _FIXED = (type(None), bool, str)
-# Attributes of a module that a forward may not change, beside those that hold other things.
-_PLAIN = (type(None), bool, int, float, str)
 
 
 class FlatTrunk(nn.Module):
     """A trunk as a module of flat tensors: tensors in, a tuple of tensors out."""
 
-    def __init__(self, ahead: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def __init__(self, ahead: nn.Module) -> None:
         super().__init__()
         self.ahead = ahead
         self.training = ahead.training
-        self.arguments = flatten((args, kwargs))[1]
 
     def forward(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        return tuple(flatten(self.nested(tensors))[0])
-
-    def nested(self, tensors: Tensors) -> Any:
-        """The trunk's result as it is."""
-        args, kwargs = self.arguments.build(tensors)
-        return self.ahead(*args, **kwargs)
+        return tuple(flatten(self.ahead(*tensors))[0])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,8 +62,6 @@ def take_reference(
     trunk: Trunk,
     call: Callable[[], Any],
     tensors: Tensors,
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
     *,
     checks_rest: bool,
     module: nn.Module,
@@ -81,14 +72,26 @@ def take_reference(
         trunk: Cut from ``module``.
         call: The user's own call with these arguments; no site acts within it.
         tensors: The tensors in the arguments.
-        args: The call's arguments.
-        kwargs: The call's arguments.
         checks_rest: The part after the trunk may run once more, to see that the cut is right.
         module: The user's module.
     """
-    inputs = tuple(tensor.detach().clone() for tensor in tensors)
+    with torch.inference_mode(False):
+        inputs = tuple(tensor.detach().clone() for tensor in tensors)
     answer = call()
-    flat = FlatTrunk(trunk.ahead, args, kwargs)
+    with torch.inference_mode(False):
+        return _after(answer, trunk, inputs, tensors, checks_rest=checks_rest, module=module)
+
+
+def _after(
+    answer: Any,
+    trunk: Trunk,
+    inputs: Tensors,
+    tensors: Tensors,
+    *,
+    checks_rest: bool,
+    module: nn.Module,
+) -> Reference:
+    flat = FlatTrunk(trunk.ahead)
     try:
         if not all(map(_same, inputs, tensors)):
             raise ConfigError("it writes to its inputs")
@@ -98,7 +101,7 @@ def take_reference(
             _must_agree(answer, outputs)
         elif checks_rest and stirred_by(module) is None:
             with torch.no_grad():
-                again = trunk.rest(*result.build(_copies(outputs)), *args, **kwargs)
+                again = trunk.rest(*result.build(_copies(outputs)), *inputs)
             _must_agree(answer, tuple(flatten(again)[0]))
     except ConfigError as fault:
         return Reference(answer=answer, subject=None, result=None, fault=fault)
@@ -118,11 +121,11 @@ def _same(one: torch.Tensor, other: torch.Tensor) -> bool:
 def _run_ahead(flat: FlatTrunk, inputs: Tensors) -> tuple[Tensors, Structure]:
     """The trunk's outputs; a fault if running it leaves a trace anywhere."""
     device = inputs[0].device
-    streams, before = Streams(device), _traces(flat.ahead)
+    streams, before = Streams(device), traces(flat.ahead)
     nested: list[Any] = []
 
     def run(tensors: Tensors) -> Tensors:
-        nested.append(flat.nested(tensors))
+        nested.append(flat.ahead(*tensors))
         return ()
 
     try:
@@ -134,21 +137,10 @@ def _run_ahead(flat: FlatTrunk, inputs: Tensors) -> tuple[Tensors, Structure]:
         streams.restore()
     if drew:
         raise ConfigError("it draws random numbers")
-    if before != _traces(flat.ahead):
+    if before != traces(flat.ahead):
         raise ConfigError("it keeps state of its own from call to call")
     outputs, result = flatten(nested[0])
     return tuple(outputs), result
-
-
-def _traces(module: nn.Module) -> list[Any]:
-    """What a forward may have changed: buffers, and attributes of every submodule."""
-    found: list[Any] = [(id(b), b._version) for b in module.buffers()]
-    for part in module.modules():
-        for name, value in vars(part).items():
-            found.append((name, value if isinstance(value, _PLAIN) else id(value)))
-            if isinstance(value, (list, dict, set)):
-                found.append(len(value))
-    return found
 
 
 def _check_outputs(outputs: Tensors, result: Structure, inputs: Tensors, flat: FlatTrunk) -> None:

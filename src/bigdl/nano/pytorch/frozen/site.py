@@ -14,7 +14,7 @@ import torch
 
 from bigdl._base.errors import BigDLError, ConfigError
 from bigdl.nano.pytorch.feature_cache import FeatureCache
-from bigdl.nano.pytorch.frozen.call import as_now, is_plain, kind_of, quiet
+from bigdl.nano.pytorch.frozen.call import Kind, as_now, is_plain, kind_of, quiet
 from bigdl.nano.pytorch.frozen.choose import Budget, Chosen, choose
 from bigdl.nano.pytorch.frozen.forms import drift, gentler_than
 from bigdl.nano.pytorch.frozen.reference import FlatTrunk, take_reference
@@ -62,7 +62,7 @@ class Terms:
     """
 
     budget: Budget | None
-    built: dict[Any, Made]
+    built: dict[tuple[str, Any, bool, bytes], Made]
     cached: bool
     dead: Callable[[Site], None]
     cache_bytes: int | None = None
@@ -108,6 +108,7 @@ class _Way:
 class _Cut:
     """The trunk under certain modes, and a way for each kind of call (None: has no form)."""
 
+    arguments: Structure
     trunk: Trunk
     watch: Watch
     fingerprint: bytes
@@ -125,7 +126,7 @@ class Site:
 
     def __init__(self, place: Place, forms: Sequence[Form], terms: Terms) -> None:
         self.place, self.module, self._forms, self._terms = place, place.module, forms, terms
-        self._cuts: dict[tuple[bool, ...], _Cut | None] = {}
+        self._cuts: dict[Any, _Cut | None] = {}
         self._cut: _Cut | None = None
         self._idle = self._rebuilds = 0
         self._patience = self._calm_calls = 0
@@ -159,13 +160,13 @@ class Site:
         if self._terms.aside:
             return self._own_call(*args, **kwargs)
         kind = kind_of(args, kwargs) if is_plain() else None
-        cut = self._current_cut() if kind is not None else None
+        cut = self._current_cut(kind.arguments) if kind is not None else None
         if kind is None or cut is None:
             return self._own(args, kwargs)
-        tensors, key = kind
-        way = cut.ways.get(key, _NEW)
+        tensors = kind.tensors
+        way = cut.ways.get(kind.key, _NEW)
         if way is _NEW:
-            return self._first(cut, tensors, key, args, kwargs)
+            return self._first(cut, kind, args, kwargs)
         if not isinstance(way, _Way) or (way.made.rows and len({len(t) for t in tensors}) > 1):
             return self._own(args, kwargs)
         return self._run(cut, way, tensors, args, kwargs)
@@ -189,7 +190,7 @@ class Site:
         self._idle = 0
         value = way.made.result.build(outputs)
         rest = cut.trunk.rest
-        return value if rest is None else rest(*value, *args, **kwargs)
+        return value if rest is None else rest(*value, *tensors)
 
     def _own(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The user's own module answers; too often in a row, and the form is given up."""
@@ -208,11 +209,11 @@ class Site:
 
     # --- what the module is now ---------------------------------------------------------------
 
-    def _current_cut(self) -> _Cut | None:
+    def _current_cut(self, arguments: Structure) -> _Cut | None:
         """The trunk for the present modes and weights; None while there is none."""
         cut = self._cut
-        if cut is None or not cut.watch.same_form():
-            cut = self._cut = self._cut_for_modes()
+        if cut is None or cut.arguments != arguments or not cut.watch.same_form():
+            cut = self._cut = self._cut_for_modes(arguments)
         if cut is None:
             return None
         if not cut.watch.same_values() and not self._take_values(cut):
@@ -222,21 +223,22 @@ class Site:
             return None
         return cut
 
-    def _cut_for_modes(self) -> _Cut | None:
-        modes = tuple(part.training for part in self.module.modules())
+    def _cut_for_modes(self, arguments: Structure) -> _Cut | None:
+        modes = (arguments, *(part.training for part in self.module.modules()))
         if modes in self._cuts:
             cut = self._cuts[modes]
             return cut if cut is not None and cut.watch.same_form() else None
         if len(self._cuts) >= _MOST_MODES:
             return None
-        self._cuts[modes] = cut = self._new_cut()
+        self._cuts[modes] = cut = self._new_cut(arguments)
         return cut
 
-    def _new_cut(self) -> _Cut | None:
+    def _new_cut(self, arguments: Structure) -> _Cut | None:
         live = {id(m) for cut in self._cuts.values() if cut for m in cut.trunk.live}
         try:
-            trunk = make_trunk(self.module, self.place.name, live)
-            watch = Watch(trunk.modules, trunk.frozen)
+            with torch.inference_mode(False):
+                trunk = make_trunk(self.module, self.place.name, arguments, live)
+                watch = Watch(trunk.modules, trunk.frozen)
             if not watch.same_form():
                 raise ConfigError("it has forward hooks")
         except ConfigError as exc:
@@ -244,7 +246,7 @@ class Site:
                 self.reason, self.may_split = str(exc), True
                 self._die()
             return None
-        return _Cut(trunk=trunk, watch=watch, fingerprint=watch.fingerprint())
+        return _Cut(arguments=arguments, trunk=trunk, watch=watch, fingerprint=watch.fingerprint())
 
     def _take_values(self, cut: _Cut) -> bool:
         """Weights were written: whether they are the same all the same, as after a reload.
@@ -262,6 +264,9 @@ class Site:
             self._patience = repaid * 2**self._rebuilds
             self._rebuilds += 1
         self._calm_calls = self._patience
+        built = self._terms.built
+        for place in [place for place in built if place[0] == self.place.name]:
+            del built[place]
         self._forget()
         return False
 
@@ -282,14 +287,13 @@ class Site:
 
     # --- the first call of a kind -------------------------------------------------------------
 
-    def _first(
-        self, cut: _Cut, tensors: Tensors, key: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> Any:
+    def _first(self, cut: _Cut, kind: Kind, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The user's own module answers, and shows what a form must give."""
+        tensors, key = kind.tensors, kind.key
         place = (self.place.name, key, cut.trunk.rest is None, cut.fingerprint)
         known = self._terms.built.get(place)
         if known is not None and known.chosen.form in self._forms:
-            self._put_in_force(cut, key, known, tensors, args, kwargs)
+            self._put_in_force(cut, kind, known)
             return self._call(*args, **kwargs)
         if len(cut.ways) >= _MOST_KINDS:
             return self._own(args, kwargs)
@@ -297,13 +301,11 @@ class Site:
             cut.trunk,
             lambda: self._aside(self._own_call, *args, **kwargs),
             tensors,
-            args,
-            kwargs,
             checks_rest=self._terms.budget is not None,
             module=self.module,
         )
         try:
-            made = self._make(reference)
+            made = self._make(cut, reference)
         except ConfigError as exc:
             cut.ways[key] = None
             if not any(self._ways()):
@@ -311,7 +313,7 @@ class Site:
                 self._die()
         else:
             self._terms.built[place] = made
-            self._put_in_force(cut, key, made, tensors, args, kwargs)
+            self._put_in_force(cut, kind, made)
         return reference.answer
 
     def _aside(self, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -322,14 +324,14 @@ class Site:
         finally:
             self._terms.aside -= 1
 
-    def _make(self, reference: Reference) -> Made:
+    def _make(self, cut: _Cut, reference: Reference) -> Made:
         subject, result = reference.subject, reference.result
         if subject is None or result is None:
             raise reference.fault or ConfigError("it gives no tensors")
         own = as_now(lambda inputs: subject.module(*inputs), subject.device.type)
         budget = self._terms.budget
         with quiet(subject.device):
-            chosen = self._in_force_already(subject)
+            chosen = self._made_already(cut, subject)
             if chosen is None:
                 if len({id(way.made.chosen) for way in self._ways()}) >= _MOST_BUILT:
                     raise ConfigError(f"{_MOST_BUILT} kinds of call have a form already")
@@ -341,10 +343,14 @@ class Site:
             rows=subject.rows is not None,
         )
 
-    def _in_force_already(self, subject: Subject) -> Chosen | None:
+    def _made_already(self, cut: _Cut, subject: Subject) -> Chosen | None:
         """A form made for other modes or another autocast, if it is right for these, too."""
-        for way in self._ways():
-            chosen = way.made.chosen
+        for (name, _, _, fingerprint), made in self._terms.built.items():
+            chosen = made.chosen
+            if (name, fingerprint) != (self.place.name, cut.fingerprint):
+                continue
+            if chosen.form not in self._forms:
+                continue
             try:
                 outputs = chosen.run(subject.inputs)
             except (BigDLError, RuntimeError, ValueError, TypeError):
@@ -355,18 +361,10 @@ class Site:
                 return chosen
         return None
 
-    def _put_in_force(
-        self,
-        cut: _Cut,
-        key: Any,
-        made: Made,
-        tensors: Tensors,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-    ) -> None:
-        flat = FlatTrunk(cut.trunk.ahead, args, kwargs)
-        own = as_now(lambda inputs: flat(*inputs), tensors[0].device.type)
-        cut.ways[key] = _Way(made=made, cache=self._cache_for(tensors, made), own=own)
+    def _put_in_force(self, cut: _Cut, kind: Kind, made: Made) -> None:
+        flat = FlatTrunk(cut.trunk.ahead)
+        own = as_now(lambda inputs: flat(*inputs), kind.tensors[0].device.type)
+        cut.ways[kind.key] = _Way(made=made, cache=self._cache_for(kind.tensors, made), own=own)
         self.reason = ""
         _log.debug("Frozen trunk %s runs as %s.", self.shown, made.chosen.form.name)
 

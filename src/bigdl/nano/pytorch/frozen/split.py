@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import operator
+import warnings
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -15,12 +16,15 @@ from torch import fx, nn
 from torch.nn.parameter import is_lazy
 
 from bigdl._base.errors import ConfigError
-from bigdl.nano.pytorch.frozen.find import is_live, stirred_by, stirred_reason
+from bigdl.nano.pytorch.frozen.call import Streams
+from bigdl.nano.pytorch.frozen.find import LEAST_SHARE, is_live, stirred_by, stirred_reason
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterable
 
-__all__ = ["Trunk", "make_trunk", "twin"]
+    from bigdl.nano.pytorch.structure import Structure
+
+__all__ = ["CallTracer", "Called", "Trunk", "make_trunk", "traces", "twin"]
 
 # Functions that draw random numbers unless their "training" or "p" says otherwise.
 _RANDOM = {
@@ -38,8 +42,6 @@ _CHEAP_FUNCTIONS = {
 
 
 _TENSORS = (torch.Tensor, nn.Parameter, nn.Buffer)
-# A trunk that ends before its first layer in train mode must have this share of the weights.
-_LEAST_SHARE = 0.25
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,10 +49,10 @@ class Trunk:
     """A frozen part as a module of its own.
 
     Args:
-        ahead: Computes the frozen part; shares parameters with the user's module, not modes,
-            hooks or buffers.
-        rest: Gets what ``ahead`` returned, then the original arguments, and gives the call's
-            result through the user's own submodules; None if ``ahead`` is everything.
+        ahead: Computes the frozen part from the call's tensors, in order. It shares parameters
+            with the user's module, not modes, hooks or buffers.
+        rest: Gets what ``ahead`` returned, then the call's tensors, and gives the call's result
+            through the user's own submodules; None if ``ahead`` is everything.
         modules: The user's submodules whose modes, hooks and parts the cut relies on.
         frozen: Those of them whose weights are within ``ahead``.
         live: The user's submodules that the cut was made before.
@@ -61,6 +63,20 @@ class Trunk:
     modules: tuple[nn.Module, ...]
     frozen: tuple[nn.Module, ...]
     live: tuple[nn.Module, ...] = ()
+
+
+class Called(nn.Module):
+    """A module called with the tensors of a call in their places."""
+
+    def __init__(self, module: nn.Module, arguments: Structure) -> None:
+        super().__init__()
+        self.module = module
+        self.training = module.training
+        self.arguments = arguments
+
+    def forward(self, *tensors: torch.Tensor) -> Any:
+        args, kwargs = self.arguments.build(tensors)
+        return self.module(*args, **kwargs)
 
 
 def twin(module: nn.Module) -> nn.Module:
@@ -76,12 +92,15 @@ def twin(module: nn.Module) -> nn.Module:
         raise ConfigError(f"{type(module).__name__} cannot be copied: {exc}") from exc
 
 
-def make_trunk(module: nn.Module, name: str, live: Collection[int] = ()) -> Trunk:
+def make_trunk(
+    module: nn.Module, name: str, arguments: Structure, live: Collection[int] = ()
+) -> Trunk:
     """The frozen part of ``module``: all of it, or the beginning of its forward.
 
     Args:
         module: Where to look.
         name: Its name, for texts.
+        arguments: How tensors are nested in (args, kwargs) of the calls.
         live: Ids of submodules that count as trained, as they do in other modes of this module.
 
     Raises:
@@ -95,15 +114,16 @@ def make_trunk(module: nn.Module, name: str, live: Collection[int] = ()) -> Trun
             raise ConfigError(f"it holds a {type(tensor).__name__} of a special kind")
     parts = tuple(module.modules())
     if not is_live(module) and not any(id(part) in live for part in parts):
-        return Trunk(ahead=twin(module), rest=None, modules=parts, frozen=parts)
+        ahead = Called(twin(module), arguments)
+        return Trunk(ahead=ahead, rest=None, modules=parts, frozen=parts)
     stirred = stirred_by(module)
     if stirred is None or any(p.requires_grad for p in module.parameters()):
-        return _cut(module, live)
+        return _cut(module, arguments, live)
     try:
-        trunk = _cut(module, live)
+        trunk = _cut(module, arguments, live)
     except ConfigError as exc:
         raise ConfigError(stirred_reason(name, stirred)) from exc
-    if _size(trunk.frozen) < _LEAST_SHARE * _size(parts):
+    if _size(trunk.frozen) < LEAST_SHARE * _size(parts):
         raise ConfigError(stirred_reason(name, stirred))
     return trunk
 
@@ -112,7 +132,7 @@ def _size(modules: Iterable[nn.Module]) -> int:
     return sum(p.numel() for m in modules for p in m._parameters.values() if p is not None)
 
 
-def _cut(module: nn.Module, also_live: Collection[int]) -> Trunk:
+def _cut(module: nn.Module, arguments: Structure, also_live: Collection[int]) -> Trunk:
     """The longest beginning of ``module.forward`` that nothing trainable touches.
 
     Raises:
@@ -122,8 +142,8 @@ def _cut(module: nn.Module, also_live: Collection[int]) -> Trunk:
     def lives(part: nn.Module) -> bool:
         return is_live(part) or any(id(inner) in also_live for inner in part.modules())
 
-    graph, copied = _follow(module, lives)
-    live = _live_nodes(graph, module, lives)
+    graph, copied = _follow(module, arguments, lives)
+    live = _live_nodes(graph, module, copied, lives)
     steps = [n for n in graph.nodes if n.op not in ("placeholder", "output")]
     ahead = [n for n in steps if n not in live]
     called = [module.get_submodule(str(n.target)) for n in ahead if n.op == "call_module"]
@@ -138,7 +158,7 @@ def _cut(module: nn.Module, also_live: Collection[int]) -> Trunk:
     direct = tuple(h for h in holders if _reads_own(h, module, ahead))
     return Trunk(
         ahead=_ahead(copied, graph, live, border),
-        rest=_rest(module, graph, live, border),
+        rest=_rest(module, copied, graph, live, border),
         modules=(*holders, *frozen),
         frozen=(*frozen, *direct),
         live=tuple(
@@ -149,13 +169,42 @@ def _cut(module: nn.Module, also_live: Collection[int]) -> Trunk:
     )
 
 
-class _Tracer(fx.Tracer):
+class CallTracer(fx.Tracer):
+    """Follows one call: its tensors are stand-ins, its other arguments are what they are.
+
+    Args:
+        arguments: How tensors are nested in (args, kwargs).
+    """
+
+    def __init__(self, arguments: Structure) -> None:
+        super().__init__()
+        self._arguments = arguments
+
+    def create_args_for_root(
+        self, root_fn: Any, is_module: bool, concrete_args: Any = None
+    ) -> tuple[Any, list[Any]]:
+        tensors = [
+            self.create_proxy("placeholder", f"tensor_{at}", (), {})
+            for at, _ in enumerate(self._arguments.paths(""))
+        ]
+        args, kwargs = self._arguments.build(tensors)
+
+        def forward(root: nn.Module) -> Any:
+            return root_fn(root, *args, **kwargs)
+
+        return forward, [self.root]
+
+
+class _Tracer(CallTracer):
     """Follows only modules that are partly live; others are steps of their own."""
 
     def __init__(
-        self, lives: Callable[[nn.Module], bool], originals: dict[str, nn.Module]
+        self,
+        arguments: Structure,
+        lives: Callable[[nn.Module], bool],
+        originals: dict[str, nn.Module],
     ) -> None:
-        super().__init__()
+        super().__init__(arguments)
         self._lives, self._originals = lives, originals
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
@@ -168,15 +217,20 @@ class _Tracer(fx.Tracer):
         return not followed
 
 
-def _follow(module: nn.Module, lives: Callable[[nn.Module], bool]) -> tuple[fx.Graph, nn.Module]:
+def _follow(
+    module: nn.Module, arguments: Structure, lives: Callable[[nn.Module], bool]
+) -> tuple[fx.Graph, nn.Module]:
     """The steps of ``module.forward``, and the copy of the module that they were read from."""
     copied = twin(module)
     for original, copy_ in zip(module.parameters(), copied.parameters(), strict=True):
         if original is not copy_:
             raise ConfigError(f"{type(module).__name__} does not copy as it is")
-    tracer = _Tracer(lives, dict(module.named_modules()))
+    tracer = _Tracer(arguments, lives, dict(module.named_modules()))
+    streams, before = Streams(torch.device("cpu")), traces(copied)
     try:
-        return tracer.trace(copied), copied
+        # a warning tells of something that is not as in a true call: log() without a trainer
+        with warnings.catch_warnings(action="error"):
+            graph = tracer.trace(copied)
     except ConfigError:
         raise
     except Exception as exc:  # the user's forward, run on stand-ins
@@ -184,17 +238,54 @@ def _follow(module: nn.Module, lives: Callable[[nn.Module], bool]) -> tuple[fx.G
         raise ConfigError(
             f"forward of {type(module).__name__} cannot be followed ({text})"
         ) from exc
+    finally:
+        drew = streams.moved()
+        streams.restore()
+    if drew:
+        raise ConfigError("its forward draws random numbers")
+    if before != traces(copied, but=_CONSTANT):
+        raise ConfigError("its forward keeps state from call to call")
+    return graph, copied
+
+
+# Names that fx gives to tensors which forward made by itself.
+_CONSTANT = "_tensor_constant"
+
+
+def traces(module: nn.Module, but: str | None = None) -> list[Any]:
+    """What a forward may have changed: buffers, and attributes of every submodule.
+
+    Args:
+        module: Which.
+        but: Attributes whose names begin so do not count.
+    """
+    found: list[Any] = [(id(b), b._version) for b in module.buffers()]
+    for part in module.modules():
+        for name, value in vars(part).items():
+            if but is not None and name.startswith(but):
+                continue
+            found.append((name, value if isinstance(value, _PLAIN) else id(value)))
+            if isinstance(value, (list, dict, set)):
+                found.append(len(value))
+    return found
+
+
+_PLAIN = (type(None), bool, int, float, str)
 
 
 def _live_nodes(
-    graph: fx.Graph, module: nn.Module, lives: Callable[[nn.Module], bool]
+    graph: fx.Graph, module: nn.Module, copied: nn.Module, lives: Callable[[nn.Module], bool]
 ) -> set[fx.Node]:
     """Steps that depend on what trains or is random, and all that follow from them."""
     live: set[fx.Node] = set()
     for node in graph.nodes:
         if node.op in ("placeholder", "output"):
             continue
-        if any(n in live for n in node.all_input_nodes) or _starts_live(node, module, lives):
+        if node.op == "get_attr":
+            starts = _attribute(module, copied, str(node.target)).requires_grad
+        else:
+            starts = _starts_live(node, module, lives)
+        if starts or any(source in live for source in node.all_input_nodes):
             live.add(node)
     return live
 
@@ -202,15 +293,25 @@ def _live_nodes(
 def _starts_live(node: fx.Node, module: nn.Module, lives: Callable[[nn.Module], bool]) -> bool:
     if node.op == "call_module":
         return lives(module.get_submodule(str(node.target)))
-    if node.op == "get_attr":
-        holder, _, name = str(node.target).rpartition(".")
-        value = getattr(module.get_submodule(holder), name)
-        return isinstance(value, torch.Tensor) and value.requires_grad
     if node.op == "call_method":  # in-place draws such as x.normal_()
         return str(node.target).rstrip("_") in {
             "normal", "uniform", "bernoulli", "random", "exponential", "requires_grad",
         }  # fmt: skip
     return node.target in _RANDOM and node.kwargs.get("training", True) is not False
+
+
+def _attribute(module: nn.Module, copied: nn.Module, target: str) -> torch.Tensor:
+    """The user's own tensor, or one that forward made while it was followed.
+
+    Raises:
+        ConfigError: It is not a tensor.
+    """
+    holder, _, name = target.rpartition(".")
+    owner = copied if name.startswith(_CONSTANT) else module
+    value = getattr(owner.get_submodule(holder), name)
+    if not isinstance(value, torch.Tensor):
+        raise ConfigError(f"its forward reads {target!r}, a {type(value).__name__}")
+    return value
 
 
 def _border(graph: fx.Graph, live: set[fx.Node]) -> list[fx.Node]:
@@ -259,7 +360,11 @@ def _ahead(
 
 
 def _rest(
-    module: nn.Module, graph: fx.Graph, live: set[fx.Node], border: list[fx.Node]
+    module: nn.Module,
+    copied: nn.Module,
+    graph: fx.Graph,
+    live: set[fx.Node],
+    border: list[fx.Node],
 ) -> Callable[..., Any]:
     """The steps after the border, over the user's own submodules."""
     new = fx.Graph()
@@ -273,13 +378,15 @@ def _rest(
         return made[node]
 
     for node in graph.nodes:
-        if node.op == "placeholder":
-            # defaults are kept: the caller's arguments follow as they were given
-            made[node] = new.node_copy(node, take)
-    for node in graph.nodes:
-        if node in live or node.op == "output":
+        if node.op == "placeholder" or node in live or node.op == "output":
             take(node)
-    rest = fx.GraphModule(module, new, class_name=f"{type(module).__name__}Rest")
+    parts: dict[str, Any] = {}
+    for node in new.nodes:
+        if node.op == "call_module":
+            parts[str(node.target)] = module.get_submodule(str(node.target))
+        elif node.op == "get_attr":
+            parts[str(node.target)] = _attribute(module, copied, str(node.target))
+    rest = fx.GraphModule(parts, new, class_name=f"{type(module).__name__}Rest")
     forward: Callable[..., Any] = rest.forward
     return forward
 

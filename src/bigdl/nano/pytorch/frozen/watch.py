@@ -94,7 +94,9 @@ def _bytes(tensor: torch.Tensor) -> memoryview:
 
 
 def _own_tensors(module: nn.Module) -> list[torch.Tensor]:
-    """Parameters and buffers, without the counters that batch norm needs in train mode only."""
-    values: list[Any] = [*module._parameters.values()]
-    values += [b for name, b in module._buffers.items() if name != "num_batches_tracked"]
+    """Parameters and buffers.
+
+    Counters too: batch norm writes its statistics unseen (no new version), and counts up.
+    """
+    values: list[Any] = [*module._parameters.values(), *module._buffers.values()]
     return [value for value in values if value is not None]
