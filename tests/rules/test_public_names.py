@@ -31,6 +31,12 @@ PUBLIC = {
     "bigdl.nano": [],
     "bigdl.nano.pytorch": ["Guard", "InferenceOptimizer", "Plan", "Trainer"],
 }
+# Those whose import needs an extra: checked where it is installed.
+WITH_TORCH = {
+    "bigdl.nano.pytorch.vision": ["datasets", "transforms"],
+    "bigdl.nano.pytorch.vision.datasets": ["ImageFolder"],
+}
+needs_torch = pytest.mark.skipif(find_spec("torch") is None, reason="needs the [torch] extra")
 
 
 def _shown(module: types.ModuleType) -> set[str]:
@@ -61,7 +67,30 @@ def test_dir_shows_them_and_no_others(name):
     assert _shown(module) == {item for item in PUBLIC[name] if not item.startswith("_")}
 
 
-@pytest.mark.skipif(find_spec("torch") is None, reason="needs the [torch] extra")
+@needs_torch
+@pytest.mark.parametrize("name", WITH_TORCH)
+def test_the_list_of_what_needs_torch(name):
+    module = importlib.import_module(name)
+    assert sorted(module.__all__) == WITH_TORCH[name]
+    assert set(WITH_TORCH[name]) <= set(dir(module))
+    for item in WITH_TORCH[name]:
+        assert getattr(module, item).__doc__
+
+
+@needs_torch
+def test_transforms_are_torchvisions_by_name():
+    from torchvision import transforms as theirs
+
+    from bigdl.nano.pytorch.vision import transforms as ours
+
+    public = {name for name in dir(theirs) if not name.startswith("_")}
+    assert public <= set(dir(ours))
+    for name in public:
+        assert getattr(ours, name) is not None
+    assert set(theirs.transforms.__all__) <= set(ours.__all__)
+
+
+@needs_torch
 @pytest.mark.parametrize("name", PUBLIC)
 def test_each_is_there_and_documented(name):
     module = importlib.import_module(name)
