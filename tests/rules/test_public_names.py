@@ -4,6 +4,8 @@ from __future__ import annotations
 import __future__
 
 import importlib
+import subprocess
+import sys
 import types
 import typing
 from importlib.util import find_spec
@@ -104,3 +106,18 @@ def test_a_wrong_name_is_an_attribute_error():
 
     with pytest.raises(AttributeError, match="no attribute 'Trainr'"):
         bigdl.nano.pytorch.Trainr  # noqa: B018
+
+
+@pytest.mark.parametrize("name", [*PUBLIC["bigdl.nano.pytorch"], "vision.transforms"])
+def test_without_torch_the_line_to_install(name):
+    """Torch is hidden from a new process: what is asked for says how to get it."""
+    package, _, item = f"bigdl.nano.pytorch.{name}".rpartition(".")
+    hidden = dict.fromkeys(("torch", "torchvision"))
+    code = f"import sys; sys.modules.update({hidden})\nfrom {package} import {item}"
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=60
+    )
+    assert done.returncode == 1
+    last = done.stderr.strip().splitlines()[-1]
+    assert last.startswith("bigdl._base.errors.MissingDependencyError: bigdl.nano.pytorch")
+    assert last.endswith("pip install 'bigdl-next[torch]'")

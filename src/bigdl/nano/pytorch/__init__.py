@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from bigdl._base import optional as _optional
+
 if TYPE_CHECKING:
     from bigdl.nano.pytorch.guard import Guard
     from bigdl.nano.pytorch.inference import InferenceOptimizer
@@ -24,6 +26,7 @@ _HOMES = {
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    _optional.need("torch", extra="torch", purpose=f"{__name__}.{name}")
     value = getattr(importlib.import_module(_HOMES[name]), name)
     globals()[name] = value
     return value
