@@ -236,9 +236,22 @@ def _prepared(path: Path, folder: Path) -> Path:
     try:
         # symbolic shape inference needs sympy and fails for some graphs; it is not needed
         pre.quant_pre_process(path, target, skip_symbolic_shape=True, save_as_external_data=large)
+        _forget_weight_shapes(target)
     except Exception as exc:
         raise ConfigError(f"ONNX Runtime cannot prepare this model: {_line(exc)}") from exc
     return target
+
+
+def _forget_weight_shapes(path: Path) -> None:
+    """Drop what the file says twice of its weights: the quantizer transposes some of them and
+    would then find the second statement wrong."""
+    onnx = need("onnx", extra="inference", purpose="Quantizing")
+    model = onnx.load(path, load_external_data=False)
+    weights = {each.name for each in model.graph.initializer}
+    kept = [each for each in model.graph.value_info if each.name not in weights]
+    del model.graph.value_info[:]
+    model.graph.value_info.extend(kept)
+    onnx.save(model, path)
 
 
 class _Reader:

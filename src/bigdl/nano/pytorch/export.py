@@ -90,7 +90,7 @@ class TorchSource:
         self._module = frozen_copy(module)
         self._writes = False
         self._onnx: Path | None = None
-        tensors = [tensor.detach().clone() for tensor in tensors]
+        self._given = tensors = [tensor.detach().clone() for tensor in tensors]
         paths = [path for path, _ in _argument_paths(arguments)]
         with _quiet_run(self._module):
             probe = probe_axes(
@@ -109,8 +109,8 @@ class TorchSource:
 
     @property
     def sample(self) -> Arrays:
-        """Flat inputs of a small example call."""
-        return tuple(map(to_array, self._probe.base))
+        """Flat inputs of the example call that was given."""
+        return tuple(to_array(tensor.cpu()) for tensor in self._given)
 
     def bind(self, arrays: Sequence[np.ndarray]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Forward's (args, kwargs) for flat arrays."""
@@ -322,7 +322,7 @@ class TorchSource:
             log.warning("No runtime is installed to check the exported %s.", self._name)
             return
         accelerator, spec = checker
-        exported = accelerator.compile(_OnnxFile(path, self.sample), spec, None)
+        exported = accelerator.compile(_OnnxFile(path), spec, None)
         try:
             verify(exported, self, f"The ONNX export of {self._name}")
         finally:
@@ -333,9 +333,10 @@ class _OnnxFile:
     """A source that is a file already."""
 
     native = None
+    sample: Arrays = ()
 
-    def __init__(self, path: Path, sample: Arrays) -> None:
-        self._path, self.sample = path, sample
+    def __init__(self, path: Path) -> None:
+        self._path = path
 
     def bind(self, arrays: Sequence[np.ndarray]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         return tuple(arrays), {}

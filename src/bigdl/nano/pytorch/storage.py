@@ -15,7 +15,7 @@ import tempfile
 import zipfile
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any, cast
 
 from torch import nn
 
@@ -75,7 +75,7 @@ def save(model: nn.Module, path: Target) -> None:
     if hasattr(path, "write"):
         with tempfile.TemporaryDirectory(prefix="bigdl-") as name:
             _write(model, Path(name))
-            _pack(Path(name), path)
+            _pack(Path(name), cast("IO[bytes]", path))
         return
     target = Path(path).absolute()
     if target.exists() and not target.is_dir():
@@ -219,7 +219,7 @@ def load(path: Target, model: nn.Module | None = None) -> nn.Module:
         raise ArgumentError(f"model is a {type(model).__name__}; need a torch.nn.Module.")
     if hasattr(path, "read"):
         with tempfile.TemporaryDirectory(prefix="bigdl-") as name:
-            _unpack(path, Path(name))
+            _unpack(cast("IO[bytes]", path), Path(name))
             return _load(Path(name), model)
     folder = Path(path)
     if not folder.exists():
