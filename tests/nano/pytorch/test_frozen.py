@@ -19,6 +19,15 @@ from bigdl.nano.pytorch.frozen.choose import Budget
 from bigdl.nano.pytorch.frozen.watch import Watch
 
 
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Two threads that wait for each other take ages on a busy machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 class Backbone(nn.Sequential):
     def __init__(self):
         super().__init__(

@@ -189,4 +189,4 @@ def _place(module: torch.nn.Module, name: str) -> Place:
 
 
 # Of a module that cannot be one trunk, parts with this share of its weights are looked at.
-_LEAST_SHARE = 0.2
+_LEAST_SHARE = 0.05

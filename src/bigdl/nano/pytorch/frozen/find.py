@@ -98,8 +98,8 @@ def find_places(root: nn.Module, root_name: str = "") -> list[Place]:
     return places
 
 
-# Of all that is frozen, so much must be in a place.
-_LEAST_PART = 0.1
+# Of all that is frozen, so much must be in a place (convolutions have few weights).
+_LEAST_PART = 0.01
 
 
 def _frozen_size(module: nn.Module) -> int:
@@ -129,7 +129,8 @@ def why_none(root: nn.Module) -> str | None:
     for place in places:
         stirred = stirred_by(place.module)
         if stirred is not None and not any(p.requires_grad for p in place.module.parameters()):
-            hopeless = all(_share_before_live(each.module) < LEAST_SHARE for each in places)
+            least = LEAST_SHARE * _frozen_size(root)
+            hopeless = all(_size_before_live(each.module) < least for each in places)
             return stirred_reason(place.name, stirred) if hopeless else None
     return None
 
@@ -147,12 +148,12 @@ def stirred_reason(name: str, part: str) -> str:
 LEAST_SHARE = 0.25
 
 
-def _share_before_live(module: nn.Module) -> float:
-    """The share of weights in layers that were registered before the first live one."""
+def _size_before_live(module: nn.Module) -> int:
+    """The weights in layers that were registered before the first live one."""
     before = 0
     for part in module.modules():
         own = [p for p in part._parameters.values() if p is not None and not is_lazy(p)]
         if _stirs(part) or any(p.requires_grad for p in own):
             break
         before += sum(p.numel() for p in own)
-    return before / max(1, _frozen_size(module))
+    return before

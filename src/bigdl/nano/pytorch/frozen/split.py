@@ -116,20 +116,38 @@ def make_trunk(
     if not is_live(module) and not any(id(part) in live for part in parts):
         ahead = Called(twin(module), arguments)
         return Trunk(ahead=ahead, rest=None, modules=parts, frozen=parts)
-    stirred = stirred_by(module)
-    if stirred is None or any(p.requires_grad for p in module.parameters()):
-        return _cut(module, arguments, live)
+    stirred = _frozen_but_stirred(module)
     try:
         trunk = _cut(module, arguments, live)
     except ConfigError as exc:
+        if stirred is None or any(p.requires_grad for p in module.parameters()):
+            raise
         raise ConfigError(stirred_reason(name, stirred)) from exc
-    if _size(trunk.frozen) < LEAST_SHARE * _size(parts):
+    if stirred is not None and _size(trunk.frozen) < LEAST_SHARE * _size(parts):
         raise ConfigError(stirred_reason(name, stirred))
     return trunk
 
 
+def _frozen_but_stirred(module: nn.Module) -> str | None:
+    """The name of a frozen layer that keeps statistics, or of one that draws in what is frozen."""
+    for name, part in module.named_modules():
+        own = list(part.parameters())
+        if not own or any(p.requires_grad for p in own):
+            continue
+        inner = stirred_by(part)
+        if inner is not None:
+            return f"{name}.{inner}".strip(".")
+    return None
+
+
 def _size(modules: Iterable[nn.Module]) -> int:
-    return sum(p.numel() for m in modules for p in m._parameters.values() if p is not None)
+    """Frozen weights that ``modules`` own themselves."""
+    return sum(
+        p.numel()
+        for m in modules
+        for p in m._parameters.values()
+        if p is not None and not p.requires_grad
+    )
 
 
 def _cut(module: nn.Module, arguments: Structure, also_live: Collection[int]) -> Trunk:
@@ -285,6 +303,7 @@ def _live_nodes(
             starts = _attribute(module, copied, str(node.target)).requires_grad
         else:
             starts = _starts_live(node, module, lives)
+        starts = starts or (_writes(node, module) and _read_before(node, live))
         if starts or any(source in live for source in node.all_input_nodes):
             live.add(node)
     return live
@@ -298,6 +317,20 @@ def _starts_live(node: fx.Node, module: nn.Module, lives: Callable[[nn.Module], 
             "normal", "uniform", "bernoulli", "random", "exponential", "requires_grad",
         }  # fmt: skip
     return node.target in _RANDOM and node.kwargs.get("training", True) is not False
+
+
+def _writes(node: fx.Node, module: nn.Module) -> bool:
+    """Whether a step may write to its inputs."""
+    if node.op == "call_module":
+        step = module.get_submodule(str(node.target))
+        return any(getattr(part, "inplace", False) for part in step.modules())
+    name = getattr(node.target, "__name__", str(node.target))
+    return name.endswith("_") or bool(node.kwargs.get("inplace")) or name == "setitem"
+
+
+def _read_before(node: fx.Node, live: set[fx.Node]) -> bool:
+    """Whether a live step has read an input of ``node`` (they come in order) by now."""
+    return any(user in live for source in node.all_input_nodes for user in source.users)
 
 
 def _attribute(module: nn.Module, copied: nn.Module, target: str) -> torch.Tensor:
