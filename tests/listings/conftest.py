@@ -6,7 +6,6 @@ import os
 from pathlib import Path
 
 import numpy as np
-import pandas as pd
 import pytest
 
 
@@ -20,15 +19,15 @@ def _shared(name: str) -> Path | None:
 @pytest.fixture
 def digits():
     """Handwritten digits as grey pictures: x (rows, 8, 8) float32 in [0, 1], y (rows,) int64."""
-    from sklearn.datasets import load_digits
-
-    found = load_digits()
+    datasets = pytest.importorskip("sklearn.datasets", reason="the data are bundled there")
+    found = datasets.load_digits()
     return found.images.astype("float32") / 16, found.target.astype("int64")
 
 
 @pytest.fixture
-def ratings() -> pd.DataFrame:
-    """Who liked what: columns user, item (both from 0) and label (1 = liked)."""
+def ratings():
+    """Who liked what: a frame with columns user, item (both from 0) and label (1 = liked)."""
+    pd = pytest.importorskip("pandas", reason="the listing's data are a frame")
     path = _shared("ml-100k/u.data.gz")
     if path is not None:
         names = ["user", "item", "stars", "when"]
@@ -51,13 +50,13 @@ def ratings() -> pd.DataFrame:
 @pytest.fixture
 def readings(tmp_path) -> Path:
     """A folder of CSV files with a column "value"."""
+    pd = pytest.importorskip("pandas", reason="the listing's data are a frame")
     path = _shared("timeseries/nyc_taxi.csv.gz")
     if path is not None:
         table = pd.read_csv(path)
     else:
-        from sklearn.datasets import load_diabetes
-
-        table = pd.DataFrame({"timestamp": range(442), "value": load_diabetes().target})
+        datasets = pytest.importorskip("sklearn.datasets", reason="the data are bundled there")
+        table = pd.DataFrame({"timestamp": range(442), "value": datasets.load_diabetes().target})
     half = len(table) // 2
     table[:half].to_csv(tmp_path / "part-0.csv", index=False)
     table[half:].to_csv(tmp_path / "part-1.csv", index=False)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import pandas as pd
 import pytest
 
 
 @pytest.mark.xfail(raises=ModuleNotFoundError, strict=True, reason="bigdl.orca to come")
 def test_figure_10(readings):
+    import pandas as pd
+
     import bigdl.orca.data
     import bigdl.orca.data.pandas
     from bigdl.orca import init_orca_context, stop_orca_context
