@@ -15,7 +15,7 @@ from bigdl._base.registry import nearest
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
-__all__ = ["Gone", "Renamed", "answers"]
+__all__ = ["Gone", "Renamed", "answers", "shown"]
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -45,6 +45,14 @@ class Gone:
 
     instead: str
     harmless: tuple[Any, ...] = (None,)
+
+
+def shown(value: Any) -> str:
+    """A value as an error text shows it: short plain ones as written, others by their type."""
+    if value is None or isinstance(value, (str, int, float, bool)):
+        text = repr(value)
+        return text if len(text) <= 60 else f"{text[:57]}…"
+    return f"a {type(value).__name__}"
 
 
 def answers(old: Mapping[str, Renamed | Gone]) -> Callable[[Callable[P, R]], Callable[P, R]]:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import nn
 
-from bigdl._base.calls import answers
+from bigdl._base.calls import answers, shown
 from bigdl._base.errors import ArgumentError, ConfigError, NotReadyError
 from bigdl.nano.accelerators import ACCELERATORS
 from bigdl.nano.pytorch import old_names
@@ -375,7 +375,7 @@ def _check_model(model: Any, *, accelerated: bool = False) -> None:
 
 def _check_precision(precision: Any) -> None:
     if not isinstance(precision, str):
-        raise ArgumentError(f"precision takes 'int8' or 'bf16', not {precision!r}.")
+        raise ArgumentError(f"precision takes 'int8' or 'bf16', not {shown(precision)}.")
     if precision not in ("int8", "bf16"):
         hint = " trace() makes models in full precision." if precision == "fp32" else ""
         raise ConfigError(f"precision={precision!r} is not 'int8' or 'bf16'.{hint}")
@@ -385,7 +385,7 @@ def _check_accelerator(accelerator: Any, *, optional: bool) -> None:
     if accelerator is None and optional:
         return
     if not isinstance(accelerator, str):
-        raise ArgumentError(f"accelerator takes a name, not {accelerator!r}.")
+        raise ArgumentError(f"accelerator takes a name, not {shown(accelerator)}.")
     if accelerator == "jit":
         raise ConfigError("accelerator='jit' (TorchScript) is gone: use accelerator='compile'.")
     ACCELERATORS.get(accelerator)  # an unknown one is answered there
@@ -393,7 +393,7 @@ def _check_accelerator(accelerator: Any, *, optional: bool) -> None:
 
 def _check_seconds(name: str, value: Any) -> None:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise ArgumentError(f"{name} takes seconds, a number, not {value!r}.")
+        raise ArgumentError(f"{name} takes seconds, a number, not {shown(value)}.")
     if not value > 0:
         raise ConfigError(f"{name}={value!r}: need more than 0 seconds.")
 

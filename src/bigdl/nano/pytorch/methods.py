@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from bigdl._base import machine
+from bigdl._base.calls import shown
 from bigdl._base.errors import ArgumentError, ConfigError
 from bigdl._base.registry import nearest
 from bigdl.nano.accelerators import ACCELERATORS
@@ -134,7 +135,7 @@ def known_name(name: Any, what: str) -> str:
     if found not in METHODS:
         raise ConfigError(f"{what}: no method {name!r}; have {', '.join(METHODS)}."
                           f"{nearest(name, METHODS)}")  # fmt: skip
-    return name
+    return found
 
 
 def method_of(accelerator: str, precision: Precision) -> Method:
@@ -172,7 +173,7 @@ def _names(value: Any, what: str, known: list[str]) -> list[str] | None:
         return None
     names = [value] if isinstance(value, str) else value
     if not isinstance(names, (list, tuple, set)) or not all(isinstance(n, str) for n in names):
-        raise ArgumentError(f"{what} takes a name or a list of names, not {value!r}.")
+        raise ArgumentError(f"{what} takes a name or a list of names, not {shown(value)}.")
     for name in names:
         if name == "jit":
             raise ConfigError("accelerator='jit' (TorchScript) is gone: use 'compile'.")

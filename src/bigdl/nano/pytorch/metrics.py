@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 
 from bigdl._base import trees
+from bigdl._base.calls import shown
 from bigdl._base.errors import ArgumentError, ConfigError, DataError
 
 if TYPE_CHECKING:
@@ -91,11 +92,11 @@ def read_metric(metric: Any, direction: str = "maximize") -> Metric | None:
             )
         return _StateMetric(metric, higher)
     if isinstance(metric, type) or not callable(metric):
-        found = f"the class {metric.__name__}" if isinstance(metric, type) else repr(metric)
+        found = f"the class {metric.__name__}" if isinstance(metric, type) else shown(metric)
         hint = f" Did you mean {metric.__name__}(…)?" if isinstance(metric, type) else ""
         raise ArgumentError(
             "metric takes a torchmetrics metric, fn(pred, target), fn(model, loader) or None, "
-            f"not {found[:80]}.{hint}"
+            f"not {found}.{hint}"
         )
     return (_ModelMetric if _wants_model(metric) else _FunctionMetric)(metric, higher)
 

@@ -7,9 +7,11 @@ and nothing else. What was built is saved by the worker and loaded on demand.
 from __future__ import annotations
 
 import logging
+import shutil
 import sys
 import tempfile
 import time
+import weakref
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from bigdl._base.errors import ConfigError, TimeLimitError, WorkerError, WorkerLostError
 from bigdl._base.workers import Workers, dumps
 from bigdl.nano.pytorch.batches import as_batches, kept_randomness
+from bigdl.nano.pytorch.methods import METHODS
 from bigdl.nano.pytorch.trial import TASK_FILE, run
 from bigdl.nano.selection import ORIGINAL, Report, Row
 
@@ -25,12 +28,15 @@ if TYPE_CHECKING:
 
     from bigdl.nano.pytorch.trial import Task, Trial
 
+
 __all__ = ["Found", "search"]
 
 log = logging.getLogger(__name__)
 
-# Imported once for all workers; none of these starts a thread (a test looks).
-PRELOAD = ("torch", "torch._dynamo", "torch._inductor.compile_fx", "bigdl.nano.pytorch.trial")
+# Imported once for all workers; none of these starts a thread (a test looks). Exporting and
+# compiling need the second part, which takes longer to import than the first.
+_PRELOAD = ("bigdl.nano.pytorch.trial",)
+_PRELOAD_COMPILERS = ("torch._dynamo", "torch._inductor.compile_fx")
 # With less than this left, starting another method would only be cut short.
 _LEAST_S = 1.0
 
@@ -51,10 +57,8 @@ class Found:
     seconds: float = 0.0
 
     def __post_init__(self) -> None:
-        self._folder = tempfile.TemporaryDirectory(
-            prefix="bigdl-optimize-", ignore_cleanup_errors=True
-        )
-        self.folder = Path(self._folder.name)
+        self.folder = Path(tempfile.mkdtemp(prefix="bigdl-optimize-"))
+        weakref.finalize(self, shutil.rmtree, self.folder, ignore_errors=True)
 
     def report(self) -> Report:
         """What is known now."""
@@ -96,7 +100,7 @@ def search(
     progress = _Progress(len(names))
     reference = None
     try:
-        with Workers(preload=PRELOAD, output="capture") as workers:
+        with Workers(preload=preload(names), output="capture") as workers:
             for name in names:
                 left = budget_s - (time.monotonic() - started)
                 if name != ORIGINAL and left < _LEAST_S:
@@ -115,6 +119,13 @@ def search(
         found.seconds = time.monotonic() - started
         progress.end()
         (found.folder / TASK_FILE).unlink(missing_ok=True)
+
+
+def preload(names: Sequence[str]) -> tuple[str, ...]:
+    """What the workers for methods ``names`` have in common."""
+    if all(METHODS[name].accelerator == "eager" for name in names):
+        return _PRELOAD
+    return _PRELOAD + _PRELOAD_COMPILERS
 
 
 class _Attempt:
