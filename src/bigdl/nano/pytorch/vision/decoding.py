@@ -1,8 +1,8 @@
 """From a file to pixels: the fast JPEG decoder where it gives what Pillow gives, else Pillow.
 
 OpenCV is used when it is installed, for plain, complete JPEGs alone. It never hears of a thread
-count: the calls used here (``imdecode``, ``flip``, ``split``) start no threads of their own, so
-they are safe in forked loader workers.
+count: the two calls used here (``imdecode`` and ``flip``) start no threads of their own, so they
+are safe in forked loader workers.
 """
 
 from __future__ import annotations

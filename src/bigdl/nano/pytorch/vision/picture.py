@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import torch
+
 from bigdl.nano.pytorch.vision.decoding import ArraySource, Box, ImageSource, as_image
-from bigdl.nano.pytorch.vision.resampling import flip, planes, resample
+from bigdl.nano.pytorch.vision.resampling import flip, resample
 
 if TYPE_CHECKING:
     import numpy as np
@@ -107,9 +109,9 @@ class Picture:
             return self._source.image(self._window)
         return as_image(self._turned(), self._source.info())
 
-    def planes(self) -> NDArray[np.uint8]:
-        """The picture as a new array (3, height, width)."""
-        return planes(self._turned())
+    def tensor(self) -> torch.Tensor:
+        """The picture as a tensor (3, height, width), not contiguous, not to be written."""
+        return torch.from_numpy(self._turned().transpose(2, 0, 1))
 
     def _turned(self) -> NDArray[np.uint8]:
         return flip(self._unturned(), mirrored=self._mirrored, upside_down=self._upside_down)

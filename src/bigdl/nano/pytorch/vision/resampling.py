@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from bigdl.nano.pytorch.vision.decoding import Source
 
-__all__ = ["Filter", "flip", "planes", "resample"]
+__all__ = ["Filter", "flip", "resample"]
 
 Filter = Literal["bilinear", "bicubic"]
 
@@ -43,18 +43,6 @@ def flip(pixels: NDArray[np.uint8], *, mirrored: bool, upside_down: bool) -> NDA
         return turned
     axes = [axis for axis, wanted in enumerate((upside_down, mirrored)) if wanted]
     return torch.flip(torch.from_numpy(pixels), axes).numpy()
-
-
-def planes(pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """A new array (3, height, width) of ``pixels``, which are (height, width, 3)."""
-    height, width = pixels.shape[:2]
-    done = np.empty((3, height, width), np.uint8)
-    cv2 = opencv()
-    if cv2 is None:
-        np.copyto(done, pixels.transpose(2, 0, 1))
-    else:
-        cv2.split(pixels, list(done))
-    return done
 
 
 def resample(
@@ -127,23 +115,14 @@ def _columns(
     pixels: NDArray[np.uint8], size: float, grid: int, kind: Filter, box: Box
 ) -> NDArray[np.uint8]:
     """The columns of ``box``, of all rows."""
-    left, after = box.left, grid - box.left - box.width
-    if grid == size:
-        return pixels[:, left : left + box.width]
-    height, width = pixels.shape[:2]
-    # What lies left of the part has to be made too, so the picture is mirrored if that is more
-    # than what lies right of it.
-    mirrored = left > after and size == width
-    if mirrored:
-        left = after
-    needed = _needed(left + box.width, size, grid, kind, width)
-    if mirrored:
-        pixels = flip(pixels[:, width - needed :], mirrored=True, upside_down=False)
-    if needed == size:
-        pixels = _interpolate(pixels, kind, target=(height, grid))
-    else:
-        pixels = _interpolate(pixels[:, :needed], kind, scale=(1.0, grid / size))
-    return flip(pixels[:, left : left + box.width], mirrored=mirrored, upside_down=False)
+    # Leaving some out on the right would cost a copy, which takes as long as making them.
+    if grid != size:
+        height, width = pixels.shape[:2]
+        if size == width:
+            pixels = _interpolate(pixels, kind, target=(height, grid))
+        else:
+            pixels = _interpolate(pixels, kind, scale=(1.0, grid / size))
+    return pixels[:, box.left : box.left + box.width]
 
 
 def _needed(end: int, size: float, grid: int, kind: Filter, present: int) -> int:
@@ -167,17 +146,13 @@ def _interpolate(
     """Resample to ``target``, or by ``scale`` to as many whole pixels as that gives."""
     # torch takes (1, 3, height, width) in this order of memory, its channels_last, without
     # repacking, but only if the stride of the first axis is that of a whole picture.
-    pixels = np.ascontiguousarray(pixels).reshape(1, *pixels.shape)
+    pictures = np.ascontiguousarray(pixels).reshape(1, *pixels.shape).transpose(0, 3, 1, 2)
     if scale is not None:
         scale = (scale[0] * _NUDGE, scale[1] * _NUDGE)
     done = interpolate(
-        torch.from_numpy(pixels).permute(0, 3, 1, 2),
-        size=target,
-        scale_factor=scale,
-        mode=kind,
-        antialias=True,
+        torch.from_numpy(pictures), size=target, scale_factor=scale, mode=kind, antialias=True
     )
-    resampled: NDArray[np.uint8] = done.permute(0, 2, 3, 1).numpy()[0]
+    resampled: NDArray[np.uint8] = done.numpy()[0].transpose(1, 2, 0)
     return resampled
 
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 import random
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torchvision import transforms as _torchvision
 from torchvision.transforms import InterpolationMode
@@ -64,6 +65,11 @@ __all__ = [
     "ToPILImage",
     "ToTensor",
 ]
+
+
+def _happens(probability: float) -> bool:
+    """Draw as torchvision does, ``torch.rand(1) < p``: it compares in float32."""
+    return bool(torch.rand(1).item() < np.float32(probability))
 
 
 # --- several transforms ---------------------------------------------------------------------
@@ -204,7 +210,7 @@ class RandomHorizontalFlip(_torchvision.RandomHorizontalFlip):
 
 @on_picture(RandomHorizontalFlip)
 def _random_horizontal_flip(transform: RandomHorizontalFlip, picture: Picture) -> Any:
-    return picture.flip(mirrored=True) if torch.rand(1) < transform.p else picture
+    return picture.flip(mirrored=True) if _happens(transform.p) else picture
 
 
 @checked(p=checks.probability)
@@ -214,7 +220,7 @@ class RandomVerticalFlip(_torchvision.RandomVerticalFlip):
 
 @on_picture(RandomVerticalFlip)
 def _random_vertical_flip(transform: RandomVerticalFlip, picture: Picture) -> Any:
-    return picture.flip(upside_down=True) if torch.rand(1) < transform.p else picture
+    return picture.flip(upside_down=True) if _happens(transform.p) else picture
 
 
 @checked()
@@ -270,10 +276,9 @@ _ADJUSTMENTS: tuple[Callable[[Any, float], Any], ...] = (
 
 @on_picture(ColorJitter)
 def _color_jitter(transform: ColorJitter, picture: Picture) -> Any:
-    # The order is drawn even if nothing is to be changed, as torchvision does.
-    order, *factors = transform.get_params(
-        transform.brightness, transform.contrast, transform.saturation, transform.hue
-    )
+    ranges = (transform.brightness, transform.contrast, transform.saturation, transform.hue)
+    # An order is drawn even if nothing is to be changed, as torchvision does.
+    order, *factors = transform.get_params(*ranges)
     if factors == [None] * 4:
         return picture
     image = picture.image()
@@ -345,7 +350,8 @@ class ToTensor(_torchvision.ToTensor):
 
 @on_picture(ToTensor)
 def _to_tensor(transform: ToTensor, picture: Picture) -> torch.Tensor:
-    return torch.from_numpy(picture.planes()).to(torch.get_default_dtype()).div_(255)
+    dtype = torch.get_default_dtype()
+    return picture.tensor().to(dtype, memory_format=torch.contiguous_format).div_(255)
 
 
 @checked()
@@ -355,7 +361,7 @@ class PILToTensor(_torchvision.PILToTensor):
 
 @on_picture(PILToTensor)
 def _pil_to_tensor(transform: PILToTensor, picture: Picture) -> torch.Tensor:
-    return torch.from_numpy(picture.planes())
+    return picture.tensor().clone()
 
 
 @checked()
