@@ -155,13 +155,15 @@ class _Compiling:
 
     def _kind(self, args: Sequence[Any]) -> Any:
         """What the compiler tells calls apart by; None for calls that are not plain tensors."""
-        kind = []
+        import torch
+
+        kind: list[Any] = [torch.is_autocast_enabled("cpu")]
         for value, varying in zip(args, self._varying, strict=True):
             if not hasattr(value, "is_contiguous"):
                 return None
             shape = value.shape
             kind.append(tuple([min(shape[axis], 2) for axis in varying]))
-            kind.append(value.requires_grad)
+            kind.append((value.requires_grad, value.is_inference()))
             kind.append(value.is_contiguous() or value.stride())
         return tuple(kind)
 

@@ -7,8 +7,6 @@ import warnings
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from bigdl._base import machine
 from bigdl._base.errors import BigDLError, ConfigError, NotReadyError
 from bigdl._base.optional import need
@@ -19,6 +17,8 @@ from bigdl.nano.accelerators.torch_compile import TorchCompileConfig, compiled_c
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
     from pathlib import Path
+
+    import numpy as np
 
     from bigdl.nano.accelerators.base import Arrays, Calibration, Source, Spec
 
@@ -84,14 +84,22 @@ class TorchInt8Compiled:
         self._graph: Any = graph
         self._spec = spec
         self._call: Any = compiled_call(graph, TorchCompileConfig(), spec.inputs)
+        self._constants = frozenset(
+            tensor.untyped_storage().data_ptr()
+            for tensor in (*graph.parameters(), *graph.buffers())
+        )
 
     def __call__(self, *arrays: np.ndarray) -> Sequence[np.ndarray]:
         import torch
 
         if self._call is None:
             raise NotReadyError("This model was closed; make it again to call it.")
-        with torch.no_grad():
-            outputs = self._call(*[torch.from_numpy(_writable(array)) for array in arrays])
+        from bigdl.nano.accelerators.torch_native import own_memory
+
+        inputs = tuple([torch.from_numpy(_writable(array)) for array in arrays])
+        with torch.inference_mode(False), torch.no_grad():
+            # the compiler takes a copy of an input for the input itself
+            outputs = own_memory(self._call(*inputs), self._constants, inputs, {})
         return [output.numpy() for output in outputs]
 
     def clone(self) -> TorchInt8Compiled:

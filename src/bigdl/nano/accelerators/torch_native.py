@@ -134,6 +134,11 @@ class NativeCompiled:
         )
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if torch.is_inference_mode_enabled():
+            # its tensors cannot be changed by those who get them, and a compiled form would
+            # have to be compiled once more for it
+            with torch.inference_mode(False):
+                return self(*args, **kwargs)
         if self._channels_last:
             args, kwargs = map_tensors(_pictures, (args, kwargs))
         with torch.no_grad():

@@ -7,6 +7,7 @@ import logging
 import re
 import warnings
 from collections.abc import Mapping
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -34,7 +35,7 @@ from bigdl.nano.pytorch.binding import (
 from bigdl.nano.pytorch.structure import Structure, Unknown, flatten, map_tensors
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
     from pathlib import Path
 
     from bigdl.nano.accelerators.base import Arrays
@@ -87,12 +88,12 @@ class TorchSource:
                 raise ArgumentError(f"{path} is a NumPy array; give torch.from_numpy(it).")
         self._signature, self._arguments = signature, arguments
         axes = declared_axes(dynamic_axes, arguments, tensors)
-        self._module = frozen_copy(module)
         self._writes = False
         self._onnx: Path | None = None
-        self._given = tensors = [tensor.detach().clone() for tensor in tensors]
         paths = [path for path, _ in _argument_paths(arguments)]
-        with _quiet_run(self._module):
+        with _quiet_run(module):
+            self._module = frozen_copy(module)
+            self._given = tensors = [tensor.detach().clone() for tensor in tensors]
             probe = probe_axes(
                 self._run, tensors, axes, must=not isinstance(dynamic_axes, bool), paths=paths
             )
@@ -415,26 +416,19 @@ def _distance(wanted: torch.Tensor, got: torch.Tensor) -> float:
     return (a[finite] - b[finite]).abs().max().item() if finite.any() else 0.0
 
 
-class _quiet_run:
+@contextmanager
+def _quiet_run(model: nn.Module) -> Iterator[None]:
     """No gradients, the global random streams put back, other libraries' warnings held."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self._cuda = any(p.is_cuda for p in model.parameters())
-
-    def __enter__(self) -> None:
-        self._warnings = warnings.catch_warnings()
-        self._warnings.__enter__()
+    on_gpu = any(parameter.is_cuda for parameter in model.parameters())
+    devices = list(range(torch.cuda.device_count())) if on_gpu else []
+    with (
+        warnings.catch_warnings(),
+        torch.random.fork_rng(devices),
+        torch.inference_mode(False),  # a caller's: its tensors would stay bound to it
+        torch.no_grad(),
+    ):
         warnings.simplefilter("ignore")
-        devices = list(range(torch.cuda.device_count())) if self._cuda else []
-        self._random = torch.random.fork_rng(devices)
-        self._random.__enter__()
-        self._grad = torch.no_grad()
-        self._grad.__enter__()
-
-    def __exit__(self, *exc: Any) -> None:
-        self._grad.__exit__(*exc)
-        self._random.__exit__(*exc)
-        self._warnings.__exit__(*exc)
+        yield
 
 
 class _Flat(nn.Module):
