@@ -288,6 +288,10 @@ class Choice:
         except (StageError, ConfigError) as exc:
             return str(exc)
 
+    def went_on(self) -> None:
+        """The run has taken steps since the last trial: its weights are others now."""
+        self._original = None
+
     def skip_next(self, reason: str) -> None:
         """Do not try the next one, for a reason."""
         one = self._waiting.pop(0)
@@ -330,9 +334,12 @@ class Choice:
                 self._tried(candidates)
         except StageError as exc:
             _log.debug("trial of %s failed", [one.name for one in candidates], exc_info=True)
-            self._refuse(candidates, str(exc), "skipped" if self._original is None else "refused")
-            if self._original is None:  # not even the user's own step can be rehearsed
-                self.skip(str(exc))
+            if self._original is not None:
+                self._refuse(candidates, str(exc))
+                return
+            # not even the user's own step can be rehearsed
+            self._refuse(candidates, str(exc), "skipped")
+            self.skip(str(exc))
 
     def _refuse(
         self, candidates: Sequence[Candidate], reason: str, status: str = "refused", **facts: Any
@@ -388,9 +395,9 @@ class Choice:
             batch = self._rehearsal.batches[index]
             if index:  # from the same weights again
                 with Stage(self._rehearsal, [*self._chosen, *candidates]) as again:
-                    seen = again.look(batch)
+                    seen = again.look(batch, original.start)
             else:
-                seen = stage.look(batch)
+                seen = stage.look(batch, original.start)
                 lost = stage.settle()
                 if lost is not None:
                     return lost, None
@@ -411,7 +418,25 @@ class Choice:
             reason = self._guard.judge(total, original.noise)
             if reason is not None:
                 return reason, total
+        if self._guard.is_exact and not self._stays_equal(candidates):
+            return "the steps after the first are not equal bit for bit", total
         return None, total
+
+    def _stays_equal(self, candidates: Sequence[Candidate]) -> bool:
+        """Whether weights are equal after some steps, as rounding may show late."""
+        assert self._original is not None
+        batches, start = self._rehearsal.batches, self._original.start
+        with (
+            Stage(self._rehearsal, []) as own,
+            Stage(self._rehearsal, [*self._chosen, *candidates]) as other,
+        ):
+            for step in range(5):
+                for stage in (own, other):
+                    stage.look(batches[step % len(batches)], start)
+                mine, theirs = own.cast.module.state_dict(), other.cast.module.state_dict()
+                if not all(map(torch.equal, mine.values(), theirs.values())):
+                    return False
+        return True
 
     def _update_difference(self, candidates: Sequence[Candidate]) -> Difference | None:
         """How the optimizers' arithmetic changes the update from the same gradients."""
@@ -568,8 +593,10 @@ class _Original:
 
     def __init__(self, rehearsal: Rehearsal, *, is_long: bool) -> None:
         batch = rehearsal.batches[0]
+        #: Where the random streams stand at the start of each look.
+        self.start = streams.read()
         with Stage(rehearsal, []) as stage:
-            self.seen: list[Seen] = [stage.look(batch)]
+            self.seen: list[Seen] = [stage.look(batch, self.start)]
             self.types = dtypes(stage.cast.module)
             self.gradients = _by_optimizer(stage, self.seen[0])
         #: The step does not write into its batch, so that one copy serves many steps.
@@ -577,7 +604,7 @@ class _Original:
         self.noise = self._noise(rehearsal, batch, self.seen[0])
         for more in () if is_long else rehearsal.batches[1:2]:
             with Stage(rehearsal, []) as stage:
-                self.seen.append(stage.look(more))
+                self.seen.append(stage.look(more, self.start))
             noise = self._noise(rehearsal, more, self.seen[-1])
             if noise is not None and self.noise is not None:
                 self.noise = self.noise.worse(noise)
@@ -587,7 +614,7 @@ class _Original:
         if noisy is None:
             return None
         with Stage(rehearsal, []) as stage:
-            return compare(seen, stage.look(noisy))
+            return compare(seen, stage.look(noisy, self.start))
 
 
 def _by_optimizer(stage: Stage, seen: Seen) -> list[Any] | None:

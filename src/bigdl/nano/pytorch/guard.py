@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -143,6 +144,12 @@ class Difference:
 
 def compare(own: Seen, other: Seen) -> Difference:
     """How far ``other`` is from the user's ``own`` step."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch has words for whoever touches sparse tensors
+        return _compare(own, other)
+
+
+def _compare(own: Seen, other: Seen) -> Difference:
     problem = _problem(own, other)
     if problem is not None:
         return Difference(

@@ -157,7 +157,7 @@ class Session:
             try:
                 # a copy, made before the step: it may write into its batch
                 copied = copy.deepcopy(step["batch"])
-            except Exception as exc:
+            except Exception as exc:  # noqa: BLE001
                 # batches are the user's own classes: anything may come
                 self._decide(unplanned(f"a batch cannot be copied: {type(exc).__name__}: {exc}"))
                 return
@@ -215,7 +215,7 @@ class Session:
             rehearsal = LightningRehearsal(
                 self._trainer, [(copy.deepcopy(batch), 0)], self._scene(batch)
             )
-        except Exception as exc:
+        except Exception as exc:  # noqa: BLE001
             # batches are the user's own classes: anything may come
             _log.info("a known plan cannot be checked: %s", exc)
             return False
@@ -308,6 +308,7 @@ class Session:
                 steps_left=self._steps_left(),
             )
         choice = self._choice
+        choice.went_on()
         is_known = self._steps_left() is not None
         if is_known and self._only_together(choice):
             self._timed(choice.trial_together)

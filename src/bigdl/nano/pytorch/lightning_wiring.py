@@ -131,4 +131,3 @@ def _are_finite(optimizer: torch.optim.Optimizer) -> bool:
     if bool(torch.isfinite(torch.nn.utils.get_total_norm(flat))):
         return True
     return all(bool(torch.isfinite(one).all()) for one in flat)
-

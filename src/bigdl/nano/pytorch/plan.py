@@ -270,7 +270,11 @@ class Plan:
 
     def candidates(self) -> list[Candidate]:
         """The chosen candidates, bound to what they settled on."""
-        return [candidate(name).pinned(self.options.get(name, {})) for name in self.chosen]
+        found = [candidate(name) for name in self.chosen]
+        return [
+            one.pinned(self.options[one.name]) if self.options.get(one.name) else one
+            for one in found
+        ]
 
 
 class InForce:

@@ -106,15 +106,19 @@ class Stage:
             candidates, self.cast.module, self.cast.optimizers, rehearsal.scene
         )
 
-    def look(self, batch: Any) -> Seen:
+    def look(self, batch: Any, start: streams.State | None = None) -> Seen:
         """Take one step on a copy of ``batch`` and see what it did.
 
-        The random streams start from where they are now.
+        Args:
+            batch: The batch.
+            start: Where the random streams stand when the step begins; None is where they are.
 
         Raises:
             StageError: The step failed.
         """
         with streams.kept(), _watched(self.cast.optimizers) as calls:
+            if start is not None:
+                streams.write(start)
             loss = self._perform(copy.deepcopy(batch))
             draws = streams.read()
         return Seen(

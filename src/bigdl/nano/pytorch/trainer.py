@@ -2,61 +2,30 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 from typing import TYPE_CHECKING, Any, Literal
 
+from bigdl._base.calls import answers
 from bigdl._base.errors import ArgumentError, ConfigError
 from bigdl._base.registry import nearest
+from bigdl.nano.pytorch import old_names
 from bigdl.nano.pytorch.guard import Guard
+from bigdl.nano.pytorch.inference import InferenceOptimizer
 from bigdl.nano.pytorch.lightning_host import part, pl
 from bigdl.nano.pytorch.lightning_resume import install
 from bigdl.nano.pytorch.lightning_session import Session
+from bigdl.nano.pytorch.onnx_mode import add_onnx_mode
 from bigdl.nano.pytorch.plan import Plan
+from bigdl.nano.pytorch.trainer_names import LATER, TRAINER
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     import torch
 
 __all__ = ["Trainer"]
 
 _StockTrainer = pl.Trainer
 _defaults_from_env_vars = part("utilities.argparse:_defaults_from_env_vars")
-
-_SEVERAL = "Training in several processes comes with a later version; Lightning's devices= and "
-_SEVERAL += "strategy= keep Lightning's meaning."
-_AUTOMATIC = "Trainer tries it by itself and keeps it if it is faster: acceleration='auto'."
-# Words of earlier versions of BigDL and of Lightning, and of versions to come.
-_ELSEWHERE = {
-    "num_processes": _SEVERAL,
-    "distributed_backend": _SEVERAL,
-    "cpu_for_each_process": _SEVERAL,
-    "sync": _SEVERAL,
-    "auto_lr": _SEVERAL,
-    "use_ipex": _AUTOMATIC,
-    "enable_bf16": _AUTOMATIC,
-    "channels_last": _AUTOMATIC,
-    "use_hpo": "Hyperparameter search comes with a later version.",
-    "algorithms": "Pass callbacks=[…].",
-    "auto_lr_find": "Use Lightning's Tuner(trainer).lr_find(model), or LearningRateFinder.",
-    "auto_scale_batch_size": "Use Lightning's Tuner, or the callback BatchSizeFinder.",
-    "checkpoint_callback": "It is enable_checkpointing= now.",
-    "flush_logs_every_n_steps": "Configure the logger itself.",
-    "gpus": "Use accelerator='gpu', devices=….",
-    "tpu_cores": "Use accelerator='tpu', devices=….",
-    "ipus": "Use accelerator= and devices=.",
-    "progress_bar_refresh_rate": "Pass callbacks=[TQDMProgressBar(refresh_rate=…)].",
-    "process_position": "Pass callbacks=[TQDMProgressBar(process_position=…)].",
-    "resume_from_checkpoint": "It is an argument of fit now: fit(…, ckpt_path=…).",
-    "stochastic_weight_avg": "Pass callbacks=[StochasticWeightAveraging(…)].",
-    "terminate_on_nan": "Use detect_anomaly=True.",
-    "track_grad_norm": "Log it in on_before_optimizer_step.",
-    "weights_save_path": "Use default_root_dir=.",
-    "weights_summary": "It is enable_model_summary= now.",
-    "multiple_trainloader_mode": "Pass fit a CombinedLoader(loaders, mode).",
-    "replace_sampler_ddp": "It is use_distributed_sampler= now.",
-    "truncated_bptt_steps": "Use manual optimization.",
-}
 
 
 class Trainer(_StockTrainer):  # type: ignore[misc,valid-type]
@@ -78,7 +47,6 @@ class Trainer(_StockTrainer):  # type: ignore[misc,valid-type]
         ConfigError: ``acceleration`` is another word.
     """
 
-    @_defaults_from_env_vars
     def __init__(
         self,
         *,
@@ -86,7 +54,6 @@ class Trainer(_StockTrainer):  # type: ignore[misc,valid-type]
         guard: Guard = Guard(),  # noqa: B008  (frozen)
         **lightning: Any,
     ) -> None:
-        _check_names(lightning)
         _check_values(acceleration, guard)
         self._acceleration = acceleration
         self._guard = guard
@@ -167,45 +134,43 @@ class Trainer(_StockTrainer):  # type: ignore[misc,valid-type]
 
         return compiled(model, loss, optimizer, scheduler, metrics)
 
-    @staticmethod
-    def trace(
-        model: torch.nn.Module,
-        input_sample: Any = None,
-        accelerator: str | None = None,
-        *,
-        dynamic_axes: Any = True,
-        config: Any = None,
-    ) -> torch.nn.Module:
-        """``InferenceOptimizer.trace``."""
-        from bigdl.nano.pytorch.inference import InferenceOptimizer
-
-        return InferenceOptimizer.trace(
-            model, input_sample, accelerator, dynamic_axes=dynamic_axes, config=config
-        )
+    trace = staticmethod(InferenceOptimizer.trace)
+    save = staticmethod(InferenceOptimizer.save)
+    load = staticmethod(InferenceOptimizer.load)
 
     @staticmethod
+    @answers(old_names.QUANTIZE)
     def quantize(
         model: torch.nn.Module,
-        precision: str = "int8",
+        precision: Literal["int8", "bf16"] = "int8",
         accelerator: str | None = None,
         *,
         calib_data: Any = None,
         validation_data: Any = None,
         metric: Any = None,
         accuracy_criterion: Any = None,
-        direction: str = "maximize",
+        direction: Literal["maximize", "minimize"] = "maximize",
         input_sample: Any = None,
         config: Any = None,
         onnx: bool = False,
     ) -> torch.nn.Module:
         """``InferenceOptimizer.quantize``; with ``onnx=True`` the paper's Fig. 3.
 
+        All arguments but ``onnx`` are those of ``InferenceOptimizer.quantize``.
+
         Args:
-            model: The model; with ``onnx=True`` it is given back itself, with ``eval_onnx`` and
+            model: With ``onnx=True`` it is given back itself, with ``eval_onnx`` and
                 ``exit_onnx`` added.
-            onnx: See above. All else: as for ``InferenceOptimizer.quantize``.
+            onnx: An int8 session of ONNX Runtime that the model itself can run as.
+
+        Raises:
+            ConfigError: ``onnx=True`` beside another precision or accelerator.
         """
-        asked = {
+        if not isinstance(onnx, bool):
+            raise ArgumentError(
+                f"Trainer.quantize(onnx=…) takes True or False, not {type(onnx).__name__}."
+            )
+        quantizing: dict[str, Any] = {
             "calib_data": calib_data,
             "validation_data": validation_data,
             "metric": metric,
@@ -215,44 +180,18 @@ class Trainer(_StockTrainer):  # type: ignore[misc,valid-type]
             "config": config,
         }
         if not onnx:
-            from bigdl.nano.pytorch.inference import InferenceOptimizer
-
-            return InferenceOptimizer.quantize(model, precision, accelerator, **asked)
+            return InferenceOptimizer.quantize(model, precision, accelerator, **quantizing)
         if accelerator not in (None, "onnxruntime") or precision != "int8":
             raise ConfigError(
-                f"Trainer.quantize(onnx=True) makes an int8 model for ONNX Runtime; "
+                "Trainer.quantize(onnx=True) makes an int8 session of ONNX Runtime; "
                 f"precision={precision!r} with accelerator={accelerator!r} contradicts that."
             )
-        from bigdl.nano.pytorch.onnx_mode import add_onnx_mode
-
-        return add_onnx_mode(model, **asked)
-
-    @staticmethod
-    def save(model: torch.nn.Module, path: str | Path) -> None:
-        """``InferenceOptimizer.save``."""
-        from bigdl.nano.pytorch.inference import InferenceOptimizer
-
-        InferenceOptimizer.save(model, path)
-
-    @staticmethod
-    def load(path: str | Path, model: torch.nn.Module | None = None) -> torch.nn.Module:
-        """``InferenceOptimizer.load``."""
-        from bigdl.nano.pytorch.inference import InferenceOptimizer
-
-        return InferenceOptimizer.load(path, model)
+        return add_onnx_mode(model, **quantizing)
 
 
 def _lightning_parameters() -> list[inspect.Parameter]:
     parameters = inspect.signature(_StockTrainer.__init__).parameters.values()
     return [one for one in parameters if one.name != "self"]
-
-
-def _check_names(lightning: dict[str, Any]) -> None:
-    known = ["acceleration", "guard", *(one.name for one in _lightning_parameters())]
-    for name in lightning:
-        if name not in known:
-            hint = " " + _ELSEWHERE[name] if name in _ELSEWHERE else nearest(name, known)
-            raise ArgumentError(f"Trainer has no argument {name!r}.{hint}")
 
 
 def _check_values(acceleration: Any, guard: Any) -> None:
@@ -278,4 +217,24 @@ def _full_signature() -> inspect.Signature:
     return own.replace(parameters=[*ours, *_lightning_parameters()])
 
 
-Trainer.__init__.__signature__ = _full_signature()  # type: ignore[attr-defined]
+def _answers_later(init: Any) -> Any:
+    """Answer arguments of versions to come."""
+
+    @functools.wraps(init)
+    def call(self: Any, *args: Any, **kwargs: Any) -> None:
+        for name in LATER:
+            if name in kwargs:
+                raise ArgumentError(
+                    f"Trainer() has no argument {name!r} yet: this version trains in one process "
+                    "with all its threads. Lightning's own devices= and strategy= start several."
+                )
+        init(self, *args, **kwargs)
+
+    return call
+
+
+_init: Any = Trainer.__init__
+_init.__signature__ = _full_signature()
+_init.__qualname__ = "Trainer"
+_init = _answers_later(answers(TRAINER)(_defaults_from_env_vars(_init)))
+Trainer.__init__ = _init  # type: ignore[method-assign]
