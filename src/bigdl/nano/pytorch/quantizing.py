@@ -123,7 +123,10 @@ class Quantization:
                 criterion=criterion,
                 baseline=before,
             )
-        model = self._build(sample, data)
+        try:
+            model = self._build(sample, data)
+        except AccuracyError as exc:  # of an accelerator, which does not know the metric's name
+            raise AccuracyError(f"{metric.name}: {exc}") from exc
         with contextlib.ExitStack() as stack:
             stack.callback(model.close)
             after = measured(model)
