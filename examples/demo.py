@@ -44,12 +44,8 @@ class Classifier(pytorch_lightning.LightningModule):
         self.trunk = torchvision.models.resnet50(weights=None)
         self.trunk.fc = torch.nn.Identity()
         self.trunk.requires_grad_(False)
+        self.trunk.eval()  # its batch statistics stay as they are; Lightning keeps modes
         self.head = torch.nn.Linear(2048, classes)
-
-    def train(self, mode: bool = True) -> Classifier:
-        super().train(mode)
-        self.trunk.eval()  # frozen: its batch statistics stay as they are
-        return self
 
     def forward(self, x):
         return self.head(self.trunk(x))
