@@ -14,7 +14,7 @@ import select
 import struct
 import threading
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from bigdl._base import wire
@@ -74,6 +74,11 @@ class Ticket:
     def key(self) -> bytes:
         return self.token.encode()
 
+    @property
+    def mark(self) -> str:
+        """A word that is in the name of everything that this run makes; no secret."""
+        return wire.proof(self.key, b"mark").hex()[:16]
+
 
 @dataclass(frozen=True, kw_only=True)
 class Member:
@@ -102,8 +107,8 @@ class Failure:
     """Why a gang came to its end.
 
     Args:
-        kind: "raised" (a worker gave up), "lost" (it is gone), "late" (the time limit of the
-            meeting), "stopped" (by the one who holds the rendezvous).
+        kind: "raised" (a worker gave up), "lost" (it is gone), "late" (it did not come in
+            time), "stopped" (by the one who holds the rendezvous).
         rank: The worker it began with, if it was one.
         text: The whole story.
     """
@@ -169,6 +174,11 @@ class Gang:
     def me(self) -> Member:
         return self.members[self.rank]
 
+    @property
+    def key(self) -> bytes:
+        """A secret of this gang alone, for lines straight from worker to worker."""
+        return wire.proof(self.ticket.key, LANGUAGE, b"links")
+
     def name(self, rank: int) -> str:
         """A worker in words, for texts of errors."""
         return f"worker {rank} of {self.world} ({self.members[rank]})"
@@ -177,10 +187,16 @@ class Gang:
 
     def abort(self, words: str) -> None:
         """End the work of all workers; each hears ``words``, this one's last."""
+        self.report(Failure(kind="raised", rank=self.rank, text=words))
+
+    def report(self, failure: Failure) -> None:
+        """End the work of all workers for a reason that this one has found out."""
         if self._failure is None and not self._closed:
-            text = words if len(words) <= _WORDS_LIMIT else words[:_WORDS_LIMIT] + " …"
-            self._failure = Failure(kind="raised", rank=self.rank, text=text)
-            self._send(ABORT, text.encode())
+            text = failure.text
+            if len(text) > _WORDS_LIMIT:
+                text = text[:_WORDS_LIMIT] + " …"
+            self._failure = replace(failure, text=text)
+            self._send(ABORT, json.dumps(asdict(self._failure)).encode())
 
     def check(self) -> None:
         """Raise if the gang has come to its end; costs a few microseconds.

@@ -373,9 +373,11 @@ class Server:
                 self._wanted.setdefault(key, []).append(request)
             self._answer(request)
         elif kind == ABORT:
-            words = payload.decode(errors="replace")
-            text = f"Worker {caller.asked} of {self._world} ({caller.member}) failed: {words}"
-            self._fail(Failure(kind="raised", rank=caller.asked, text=text))
+            failure = Failure(**json.loads(payload))
+            if failure.kind == "raised":
+                text = f"Worker {caller.asked} of {self._world} ({caller.member}) failed: "
+                failure = replace(failure, rank=caller.asked, text=text + failure.text)
+            self._fail(failure)
         elif kind == BYE:
             if not self.members:
                 self._gone(caller)  # it did not wait for the others
