@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from bigdl.nano.pytorch.vision import decoding
@@ -23,6 +24,15 @@ def _photos() -> list[Image.Image]:
 
     whole = [Image.fromarray(pixels) for pixels in load_sample_images().images]
     return [image.resize((500, 375)).convert("RGB") for image in whole]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_thread():
+    """Small pictures gain nothing from threads, and other tests run beside these."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="session")

@@ -6,6 +6,7 @@ import copy
 import inspect
 import pickle
 import random
+import types
 
 import numpy as np
 import pytest
@@ -33,7 +34,9 @@ def state() -> tuple[bytes, object]:
 
 
 def array(value) -> np.ndarray:
-    return np.asarray(value, dtype=np.float64) / (255 if not isinstance(value, torch.Tensor) else 1)
+    return np.asarray(value, dtype=np.float64) / (
+        255 if not isinstance(value, torch.Tensor) else 1
+    )
 
 
 def assert_same(mine, other, *, exact: bool) -> None:
@@ -89,7 +92,7 @@ TRANSFORMS = {
     "CenterCrop too large": (lambda m: m.CenterCrop((900, 100)), True),
     "RandomCrop": (lambda m: m.RandomCrop((99, 100)), True),
     "RandomCrop padded": (lambda m: m.RandomCrop(99, padding=4), True),
-    "RandomCrop edge": (lambda m: m.RandomCrop(800, pad_if_needed=True, fill=3), True),
+    "RandomCrop edge": (lambda m: m.RandomCrop(400, pad_if_needed=True, fill=3), True),
     "RandomResizedCrop": (lambda m: m.RandomResizedCrop(64), False),
     "RandomResizedCrop bicubic": (
         lambda m: m.RandomResizedCrop((60, 80), (0.2, 0.9), (0.5, 2), 3),
@@ -148,17 +151,16 @@ TENSOR_TRANSFORMS = {
 @pytest.mark.parametrize("name", TRANSFORMS)
 def test_one_on_an_image(name, photo, noise):
     make, exact = TRANSFORMS[name]
-    for image in (photo, noise):
+    for image in (noise,) if exact else (photo, noise):
         before = image.tobytes()
-        if not (name.startswith("RandomCrop edge") and image is noise):
-            compare(make, image, exact=exact)
+        compare(make, image, exact=exact, seeds=range(2))
         assert image.tobytes() == before
 
 
 @pytest.mark.parametrize("name", TRANSFORMS)
 def test_one_in_a_pipeline(name, photo, noise):
     make, exact = TRANSFORMS[name]
-    for image in (photo, noise):
+    for image in (noise,) if exact else (photo, noise):
         compare(lambda m: m.Compose([make(m)]), image, exact=exact)
 
 
@@ -166,23 +168,24 @@ def test_one_in_a_pipeline(name, photo, noise):
 @pytest.mark.parametrize("mode", ["L", "P", "RGBA", "CMYK", "I;16", "1", "F", "LA"])
 def test_other_modes_are_left_to_torchvision(name, mode, noise):
     make, _ = TRANSFORMS[name]
-    image = Image.fromarray(np.arange(300, dtype=np.uint16).reshape(15, 20)) if mode == "I;16" else (
-        noise.convert(mode)
+    image = (
+        Image.fromarray(np.arange(300, dtype=np.uint16).reshape(15, 20))
+        if mode == "I;16"
+        else (noise.convert(mode))
     )
-    image = image.resize((200, 180), Image.Resampling.NEAREST)
-    for value in range(2):
-        outcomes = []
-        for module in (ours, theirs):
-            seed(value)
-            try:
-                outcomes.append(module.Compose([make(module)])(image))
-            except Exception as exc:  # noqa: BLE001 - torchvision's refusals are of every kind
-                outcomes.append((type(exc), str(exc)))
-        mine, other = outcomes
-        if isinstance(other, tuple) and isinstance(other[0], type):
-            assert mine == other
-        else:
-            assert_same(mine, other, exact=True)
+    image = image.resize((110, 103), Image.Resampling.NEAREST)
+    outcomes: list[object] = []
+    for module in (ours, theirs):
+        seed(0)
+        try:
+            outcomes.append(module.Compose([make(module)])(image))
+        except Exception as exc:  # noqa: BLE001 - torchvision's refusals are of every kind
+            outcomes.append((type(exc), str(exc)))
+    mine, other = outcomes
+    if isinstance(other, tuple) and isinstance(other[0], type):
+        assert mine == other
+    else:
+        assert_same(mine, other, exact=True)
 
 
 @pytest.mark.parametrize("name", [*TRANSFORMS, *TENSOR_TRANSFORMS])
@@ -192,6 +195,8 @@ def test_one_on_a_tensor(name, dtype, noise):
     tensor = torch.from_numpy(np.array(noise)).permute(2, 0, 1).contiguous()
     if name == "LinearTransformation":
         tensor = tensor[:, :20, :30].contiguous()
+    tensor = tensor[:, :120, :130].contiguous()
+    tensor = tensor[:, :120, :130].contiguous()
     if dtype == torch.float32:
         tensor = tensor / 255
     before = tensor.clone()
@@ -201,7 +206,13 @@ def test_one_on_a_tensor(name, dtype, noise):
             seed(value)
             try:
                 outcomes.append(make(module)(tensor))
-            except (TypeError, ValueError, RuntimeError, AttributeError, NotImplementedError) as exc:
+            except (
+                TypeError,
+                ValueError,
+                RuntimeError,
+                AttributeError,
+                NotImplementedError,
+            ) as exc:
                 outcomes.append((type(exc), str(exc)))
         mine, other = outcomes
         if isinstance(other, tuple) and isinstance(other[0], type):
@@ -384,7 +395,7 @@ def test_antialias_false_warns_as_torchvision_does(photo):
 
 def test_errors_in_a_pipeline_are_torchvisions(photo):
     for module in (ours, theirs):
-        with pytest.raises(ValueError, match="Required crop size .* is larger than input"):
+        with pytest.raises(ValueError, match=r"Required crop size .* is larger than input"):
             module.Compose([module.Resize(50), module.RandomCrop(60)])(photo)
         with pytest.raises(ValueError, match="std evaluated to zero"):
             module.Compose([module.ToTensor(), module.Normalize([0], [0])])(photo)
@@ -432,7 +443,8 @@ def test_all_names_are_there():
     exec("from bigdl.nano.pytorch.vision.transforms import *", star)
     other: dict[str, object] = {}
     exec("from torchvision.transforms import *", other)
-    assert {name for name in other if not name.startswith("_")} <= set(star)
+    modules = {name for name, value in other.items() if isinstance(value, types.ModuleType)}
+    assert {name for name in other if not name.startswith("_")} - modules <= set(star)
 
 
 def test_all_functions_are_there(photo):
@@ -461,14 +473,10 @@ def test_the_parameters_are_torchvisions(name):
 
 @pytest.mark.parametrize("name", TRANSFORMS)
 def test_copies_and_pickles(name, noise):
-    if name == "Lambda":
-        pytest.importorskip("cloudpickle")
-    make, exact = TRANSFORMS[name]
+    make, _ = TRANSFORMS[name]
     original = ours.Compose([make(ours)])
     assert repr(original.transforms[0]) == repr(make(theirs))
     for twin in (pickle.loads(pickle.dumps(original)), copy.deepcopy(original)):
-        if name == "RandomCrop edge":
-            continue
         seed(1)
         one = original(noise)
         seed(1)

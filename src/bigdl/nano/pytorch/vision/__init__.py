@@ -7,12 +7,9 @@ with torchvision's own. OpenCV (the extra ``vision``) makes them faster and is n
 from __future__ import annotations
 
 import importlib
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from bigdl._base.optional import need
-
-if TYPE_CHECKING:
-    from bigdl.nano.pytorch.vision import datasets, transforms
 
 __all__ = ["datasets", "transforms"]
 

@@ -18,6 +18,7 @@ import torch
 from torchvision import transforms as _torchvision
 from torchvision.transforms import InterpolationMode
 
+from bigdl._base.errors import ConfigError
 from bigdl.nano.pytorch.vision import checks
 from bigdl.nano.pytorch.vision.checks import checked
 from bigdl.nano.pytorch.vision.picture import Picture
@@ -25,7 +26,7 @@ from bigdl.nano.pytorch.vision.pipeline import on_own_tensor, on_picture, run, r
 from bigdl.nano.pytorch.vision.transforms import functional
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
 __all__ = [
     "CenterCrop",
@@ -133,6 +134,21 @@ class Lambda(_torchvision.Lambda):
 @checked(size=checks.size, interpolation=checks.interpolation, max_size=checks.side)
 class Resize(_torchvision.Resize):
     """Resize to ``size``: the shorter side where it is one number."""
+
+    def __init__(
+        self,
+        size: int | Sequence[int],
+        interpolation: InterpolationMode | int = InterpolationMode.BILINEAR,
+        max_size: int | None = None,
+        antialias: bool | None = True,
+    ) -> None:
+        sides = [size] if isinstance(size, int) else list(size)
+        if max_size is not None and (len(sides) != 1 or max_size <= sides[0]):
+            raise ConfigError(
+                f"Resize: max_size={max_size} limits the longer side where size is the shorter "
+                f"one. It must be larger than size={size!r}, and size one number."
+            )
+        super().__init__(size, interpolation, max_size, antialias)
 
     def forward(self, img: Any) -> Any:
         return functional.resize(img, self.size, self.interpolation, self.max_size, self.antialias)
