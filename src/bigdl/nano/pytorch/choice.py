@@ -19,7 +19,7 @@ from torch.utils import _pytree as pytree
 from bigdl._base.errors import ConfigError
 from bigdl.nano.pytorch import streams
 from bigdl.nano.pytorch.candidates import NAMES, Candidate, candidate
-from bigdl.nano.pytorch.guard import Difference, compare
+from bigdl.nano.pytorch.guard import Difference, compare, roughened
 from bigdl.nano.pytorch.plan import Plan, Row
 from bigdl.nano.pytorch.rehearsal import Stage, StageError, dtypes, untouched
 
@@ -329,17 +329,26 @@ class Choice:
         return self._steps_left * self._own_s * (1 - 1 / one.hope)
 
     def _try(self, candidates: list[Candidate]) -> None:
+        module, names = self._rehearsal.scene.module, [one.name for one in candidates]
+        if self._original is None:
+            try:
+                with untouched(module):
+                    self._original = _Original(self._rehearsal, is_long=self._own_s >= LONG_STEP_S)
+            except StageError as exc:
+                # not even the user's own step can be rehearsed
+                _log.debug("the step cannot be rehearsed", exc_info=True)
+                self._refuse(candidates, str(exc), "skipped")
+                self.skip(str(exc))
+                return
+        kept = dict(self._rows), list(self._chosen), dict(self._options), self._copy_s
         try:
-            with untouched(self._rehearsal.scene.module):
+            with untouched(module):
                 self._tried(candidates)
         except StageError as exc:
-            _log.debug("trial of %s failed", [one.name for one in candidates], exc_info=True)
-            if self._original is not None:
-                self._refuse(candidates, str(exc))
-                return
-            # not even the user's own step can be rehearsed
-            self._refuse(candidates, str(exc), "skipped")
-            self.skip(str(exc))
+            _log.debug("the trial of %s failed", names, exc_info=True)
+            self.close()
+            self._rows, self._chosen, self._options, self._copy_s = kept
+            self._refuse(candidates, str(exc))
 
     def _refuse(
         self, candidates: Sequence[Candidate], reason: str, status: str = "refused", **facts: Any
@@ -353,8 +362,6 @@ class Choice:
             )
 
     def _tried(self, candidates: list[Candidate]) -> None:
-        if self._original is None:
-            self._original = _Original(self._rehearsal, is_long=self._own_s >= LONG_STEP_S)
         try:
             stage = Stage(self._rehearsal, [*self._chosen, *candidates])
         except ConfigError as exc:
@@ -610,11 +617,11 @@ class _Original:
                 self.noise = self.noise.worse(noise)
 
     def _noise(self, rehearsal: Rehearsal, batch: Any, seen: Seen) -> Difference | None:
+        """How far the step strays by itself when it is rounded as coarsely as in bf16."""
         noisy = rehearsal.noisy(batch)
-        if noisy is None:
-            return None
-        with Stage(rehearsal, []) as stage:
-            return compare(seen, stage.look(noisy, self.start))
+        with Stage(rehearsal, []) as stage, roughened(stage.cast.module):
+            difference = compare(seen, stage.look(batch if noisy is None else noisy, self.start))
+        return None if noisy is None and difference.is_equal else difference
 
 
 def _by_optimizer(stage: Stage, seen: Seen) -> list[Any] | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -12,9 +13,9 @@ import torch
 from bigdl._base.errors import ArgumentError, ConfigError
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
-__all__ = ["Difference", "Guard", "Seen", "compare", "with_noise"]
+__all__ = ["Difference", "Guard", "Seen", "compare", "roughened", "with_noise"]
 
 #: Relative noise that stands for the rounding of a bfloat16: what the user's step does to it
 #: tells how much of a difference is the step's own doing.
@@ -29,9 +30,10 @@ Vectors: TypeAlias = "tuple[torch.Tensor | None, ...]"
 class Guard:
     """Limits that a candidate must keep on the probe batches, against the user's own step.
 
-    Both widen to what the user's own step shows when its inputs get relative noise of 2⁻⁹:
-    three times its move of the loss, its own cosine less 0.02. ``Guard(0, 1)`` is never widened:
-    only steps that are equal bit for bit pass.
+    Both widen to what the user's own step shows when its inputs, and what each of its layers
+    gives and gets back, carry relative noise of 2⁻⁹: three times its move of the loss; its own
+    cosine less 0.02 and a quarter of what it lacks to 1, as one draw of noise is an estimate.
+    ``Guard(0, 1)`` is never widened: only steps that are equal bit for bit pass.
 
     Args:
         loss: Largest relative move of the loss.
@@ -71,8 +73,8 @@ class Guard:
 
         Args:
             difference: Between the candidate's step and the user's own.
-            noise: Between the user's own step with and without noise on its inputs; None where
-                inputs can carry no noise (whole numbers).
+            noise: Between the user's own step with and without noise; None where nothing in it
+                can carry any (whole numbers).
         """
         if self.is_exact:
             return None if difference.is_equal else "the step is not equal bit for bit"
@@ -81,7 +83,7 @@ class Guard:
         loss, cosine = self.loss, self.cosine
         if noise is not None and noise.problem is None:
             loss = max(loss, 3 * noise.loss_change)
-            cosine = min(cosine, noise.cosine - 0.02)
+            cosine = min(cosine, noise.cosine - 0.02 - 0.25 * (1 - noise.cosine))
         if difference.loss_change > loss:
             return f"the loss moves by {difference.loss_change:.2%}, more than {loss:.2%}"
         if difference.cosine < cosine:
@@ -245,12 +247,49 @@ def _is_equal(a: torch.Tensor, b: torch.Tensor) -> bool:
 def with_noise(tensors: Sequence[torch.Tensor], seed: int = 0) -> list[torch.Tensor]:
     """Copies of ``tensors`` in which floating numbers have relative noise of 2⁻⁹."""
     generator = torch.Generator().manual_seed(seed)
+    return [_noisy(tensor, generator) for tensor in tensors]
 
-    def noisy(tensor: torch.Tensor) -> torch.Tensor:
-        if not tensor.is_floating_point():
-            return tensor
-        uniform = torch.rand(tensor.shape, generator=generator, dtype=torch.float32)
-        factor = 1 + NOISE * (2 * uniform - 1)
-        return tensor * factor.to(device=tensor.device, dtype=tensor.dtype)
 
-    return [noisy(tensor) for tensor in tensors]
+def _noisy(tensor: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    if not tensor.is_floating_point():
+        return tensor
+    uniform = torch.rand(tensor.shape, generator=generator, dtype=torch.float32)
+    factor = 1 + NOISE * (2 * uniform - 1)
+    return tensor * factor.to(device=tensor.device, dtype=tensor.dtype)
+
+
+class _Rough(torch.autograd.Function):
+    """Noise on a tensor, and on the gradient that comes back through it."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+        ctx.generator = generator
+        return _noisy(tensor, generator)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return _noisy(gradients[0], ctx.generator), None
+
+
+@contextmanager
+def roughened(module: torch.nn.Module, seed: int = 0) -> Iterator[None]:
+    """In the block each layer of ``module`` rounds as coarsely as it would in bfloat16.
+
+    What a layer (a module without submodules) gives, and the gradient it gets back, carry
+    relative noise of 2⁻⁹, drawn from a stream of its own. Noise on the inputs alone says too
+    little of a deep network: its layers each add their own.
+    """
+    generator = torch.Generator().manual_seed(seed)
+
+    def rough(layer: torch.nn.Module, args: Any, output: Any) -> Any:
+        if isinstance(output, torch.Tensor) and output.is_floating_point():
+            return _Rough.apply(output, generator)
+        return output
+
+    layers = [one for one in module.modules() if next(one.children(), None) is None]
+    handles = [one.register_forward_hook(rough) for one in layers]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
