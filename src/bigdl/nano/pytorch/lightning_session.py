@@ -168,6 +168,8 @@ class Session:
         self._steps.append(seconds)
         if self._is_measured():
             self._try()
+        if self._loop.after_step is not None:  # decided just now: this step was still the user's
+            self._loop.after_step = self._settle_after_next
 
     def _is_measured(self) -> bool:
         """Whether the user's own step is known well enough; the first one is no measure."""
@@ -391,6 +393,9 @@ class Session:
         self._loop.after_step = self._settle
         self._loop.epoch_started = self.force.epoch_started
         _log.info("training plan in force: %s", ", ".join(plan.chosen))
+
+    def _settle_after_next(self) -> None:
+        self._loop.after_step = self._settle
 
     def _settle(self) -> None:
         """After the first step under the plan."""
