@@ -23,6 +23,8 @@ __all__ = ["Timing", "compare", "measure", "speedup"]
 # other calls and the threads that they have woken don't count.
 _TURN_S = 0.004
 _MOST_CALLS_A_TURN = 200
+# Slow calls settle at once; more of them would only take the time that timing needs.
+_SETTLING_S = 1.0
 # Between two calls of a turn, threads of a runtime that wait busily for its next call must give
 # up the cores that the other runtime's threads need (some spin for milliseconds).
 _REST_S = 0.002
@@ -90,7 +92,8 @@ def compare(
     Args:
         calls: Functions without arguments, by name. Each turn runs all of them, in an order
             that changes from turn to turn.
-        warmup: Untimed calls of each first, so caches and compilers settle.
+        warmup: Untimed calls of each first, so caches and compilers settle; at least one, and
+            no more once they took a second.
         turns: Turns to time at most. A call that takes microseconds is repeated within a turn.
         budget_s: No turn begins after so many seconds of timing, but for the first three.
 
@@ -149,11 +152,14 @@ def _check(
 
 def _settle(call: Callable[[], object], warmup: int) -> int:
     """Run the untimed calls; return how often a turn should repeat the call."""
-    for _ in range(warmup):
+    began = time.perf_counter()
+    for _ in range(max(1, warmup)):
+        started = time.perf_counter()
         call()
-    started = time.perf_counter()
-    call()
-    took = time.perf_counter() - started
+        now = time.perf_counter()
+        took = now - started
+        if now - began > _SETTLING_S:
+            break
     return max(1, min(_MOST_CALLS_A_TURN, int(_TURN_S / max(took, 1e-7))))
 
 

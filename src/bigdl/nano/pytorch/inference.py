@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from bigdl._base.calls import answers, shown
+from bigdl._base.environment import environment
 from bigdl._base.errors import ArgumentError, ConfigError, NotReadyError
 from bigdl.nano.accelerators import ACCELERATORS
 from bigdl.nano.pytorch import old_names
@@ -349,15 +350,16 @@ class InferenceOptimizer:
             loaded = storage.load(found.folder / name)
             loaded.__dict__["_original"] = model  # whose attributes it has, as if built here
             return loaded
-        return build(
-            model,
-            name=name,
-            accelerator=method.accelerator,
-            precision=method.precision,
-            sample=found.sample,
-            config=method.config(),
-            threads=found.threads,
-        )
+        with environment(**found.variables):
+            return build(
+                model,
+                name=name,
+                accelerator=method.accelerator,
+                precision=method.precision,
+                sample=found.sample,
+                config=method.config(),
+                threads=found.threads,
+            )
 
 
 def _check_model(model: Any, *, accelerated: bool = False) -> None:

@@ -7,6 +7,7 @@ and nothing else. What was built is saved by the worker and loaded on demand.
 from __future__ import annotations
 
 import logging
+import os
 import shutil
 import sys
 import tempfile
@@ -37,6 +38,7 @@ log = logging.getLogger(__name__)
 # compiling need the second part, which takes longer to import than the first.
 _PRELOAD = ("bigdl.nano.pytorch.trial",)
 _PRELOAD_COMPILERS = ("torch._dynamo", "torch._inductor.compile_fx")
+_COMPILER_CACHE = "TORCHINDUCTOR_CACHE_DIR"
 # With less than this left, starting another method would only be cut short.
 _LEAST_S = 1.0
 
@@ -59,6 +61,16 @@ class Found:
     def __post_init__(self) -> None:
         self.folder = Path(tempfile.mkdtemp(prefix="bigdl-optimize-"))
         weakref.finalize(self, shutil.rmtree, self.folder, ignore_errors=True)
+
+    @property
+    def variables(self) -> dict[str, str]:
+        """Environment variables of whatever builds these models.
+
+        What torch's compiler made in a worker is found again when the model is built here.
+        """
+        if _COMPILER_CACHE in os.environ:  # the user has a place for it
+            return {}
+        return {_COMPILER_CACHE: str(self.folder / "inductor")}
 
     def report(self) -> Report:
         """What is known now."""
@@ -100,7 +112,7 @@ def search(
     progress = _Progress(len(names))
     reference = None
     try:
-        with Workers(preload=preload(names), output="capture") as workers:
+        with Workers(preload=preload(names), env=found.variables, output="capture") as workers:
             for name in names:
                 left = budget_s - (time.monotonic() - started)
                 if name != ORIGINAL and left < _LEAST_S:
