@@ -30,6 +30,7 @@ _SCHEMA = 1
 _StockFitLoop = part("loops.fit_loop:_FitLoop")
 _StockEpochLoop = part("loops.training_epoch_loop:_TrainingEpochLoop")
 _StockConnector = part("trainer.connectors.checkpoint_connector:_CheckpointConnector")
+_sized_len = part("loops.fit_loop:sized_len")
 _TrainerFn = part("trainer.states:TrainerFn")
 
 
@@ -120,11 +121,19 @@ class _FitLoop(_StockFitLoop):  # type: ignore[misc,valid-type]
 
     def note_iterator(self) -> None:
         """The loaders' iterator is about to be made."""
-        self.began = {"iterator": _read(self.loaders)}
+        self.began = {"iterator": _read(self.loaders), "again": {}, "is_over": False}
 
     def note_first(self) -> None:
         """The first batch is about to be fetched."""
         self.began["first"] = _read(self.loaders)
+
+    def note_again(self, batch: int) -> None:
+        """A shorter loader is about to begin again, before the fetch of this batch."""
+        self.began["again"][batch] = _read(self.loaders)
+
+    def on_advance_end(self) -> None:
+        self.began["is_over"] = True
+        super().on_advance_end()
 
     def on_run_start(self) -> None:
         super().on_run_start()
@@ -136,6 +145,14 @@ class _FitLoop(_StockFitLoop):  # type: ignore[misc,valid-type]
         if not any(isinstance(one, Iterator) for one in self.loaders):
             iter(data_fetcher)
 
+    def begins_with_an_epoch(self, batches: int) -> bool:
+        """Whether the run goes on with a whole epoch: nothing of it was fetched before."""
+        assert self.resume is not None
+        began = self.resume["began"]
+        return batches == 0 and (
+            not began or began["is_over"] or not self.resume["is_within_batch"]
+        )
+
     def pass_over(self, data_fetcher: Any, batches: int) -> None:
         """In a broken epoch: to where the checkpoint was made."""
         assert self.resume is not None
@@ -145,16 +162,23 @@ class _FitLoop(_StockFitLoop):  # type: ignore[misc,valid-type]
                 _write(began["iterator"], self.loaders, samplers=True)
                 self.begin_again(data_fetcher)
             _write(began["first"], self.loaders, samplers=False)
-            _pass_over(data_fetcher, batches)
+            for batch in range(batches):
+                if batch in began["again"]:
+                    _write(began["again"][batch], self.loaders, samplers=False)
+                _pass_over(data_fetcher)
             self.began = began
+            if batches == 0:  # saved within the first batch: that is fetched once more
+                now = began["first"]
         _write(now, self.loaders, samplers=False)
         _write_gradients(self.trainer.lightning_module, self.resume["gradients"])
 
     def state_now(self) -> dict[str, Any]:
         """What a checkpoint needs to know."""
+        progress = self.epoch_loop.batch_progress.current
         return {
             "began": dict(self.began) if "first" in self.began else {},
             "now": _read(self.loaders),
+            "is_within_batch": progress.ready != progress.processed,
             "gradients": _gathered_gradients(self.trainer),
         }
 
@@ -165,36 +189,44 @@ class _TrainingEpochLoop(_StockEpochLoop):  # type: ignore[misc,valid-type]
     It keeps the name of the stock class, which profilers show.
     """
 
+    _again_at: tuple[int, ...] = ()
     #: Called after each step, while set.
     after_step: Callable[[], None] | None = None
     #: Called when an epoch begins, while set.
     epoch_started: Callable[[], None] | None = None
 
     def reset(self) -> None:
+        fit_loop = self.trainer.fit_loop
+        if fit_loop.resume is not None and fit_loop.restarted_on_epoch_start:
+            # saved before this epoch's first batch: the counters are still the last epoch's,
+            # and stock Lightning takes this one for done
+            self.restarting = False
         with warnings.catch_warnings():
-            if self.trainer.fit_loop.resume is not None:  # these loaders are resumable
+            if fit_loop.resume is not None:  # these loaders are resumable
                 warnings.filterwarnings("ignore", "You're resuming from a checkpoint that ended")
             super().reset()
 
     def on_run_start(self, data_fetcher: Any) -> None:
         fit_loop = self.trainer.fit_loop
         is_broken_epoch = self.restarting
+        batches = self.batch_progress.current.ready
         if fit_loop.resume is None:
             if self._begins_anew():
                 fit_loop.note_iterator()
             super().on_run_start(data_fetcher)
             fit_loop.note_first()
-        elif is_broken_epoch:
+        elif is_broken_epoch and not fit_loop.begins_with_an_epoch(batches):
             super().on_run_start(data_fetcher)
-            fit_loop.pass_over(data_fetcher, self.batch_progress.current.ready)
+            fit_loop.pass_over(data_fetcher, batches)
             fit_loop.resume = None
-        else:  # a whole epoch after the checkpoint
+        else:
             if not fit_loop.has_own_state:
                 fit_loop.note_iterator()
                 fit_loop.begin_again(data_fetcher)
             super().on_run_start(data_fetcher)
             fit_loop.note_first()
             fit_loop.resume = None
+        self._again_at = _beginning_again(fit_loop._combined_loader)
         if self.epoch_started is not None and not is_broken_epoch:
             self.epoch_started()
 
@@ -207,6 +239,10 @@ class _TrainingEpochLoop(_StockEpochLoop):  # type: ignore[misc,valid-type]
         )
 
     def advance(self, data_fetcher: Any) -> None:
+        if self._again_at:
+            batch = self.batch_progress.current.ready
+            if any(batch and batch % length == 0 for length in self._again_at):
+                self.trainer.fit_loop.note_again(batch)
         super().advance(data_fetcher)
         if self.after_step is not None:
             self.after_step()
@@ -222,12 +258,20 @@ class _NoRows:
         return None
 
 
-def _pass_over(data_fetcher: Any, batches: int) -> None:
-    """Take ``batches`` out of the fetcher without counting them (they are counted already)."""
+def _pass_over(data_fetcher: Any) -> None:
+    """Take one batch out of the fetcher without counting it (it is counted already)."""
     source = data_fetcher if data_fetcher.length is None else data_fetcher.iterator
     with _not_reading(data_fetcher), suppress(StopIteration):
-        for _ in range(batches):
-            next(source)
+        next(source)
+
+
+def _beginning_again(combined_loader: Any) -> tuple[int, ...]:
+    """Lengths of loaders that begin again while a longer one still goes on."""
+    if combined_loader is None or combined_loader._mode != "max_size_cycle":
+        return ()
+    lengths = [_sized_len(one) for one in combined_loader.flattened]
+    longest = max((length for length in lengths if length is not None), default=0)
+    return tuple({length for length in lengths if length and length < longest})
 
 
 @contextmanager
