@@ -18,7 +18,8 @@ from bigdl.nano.accelerators import ACCELERATORS
 from bigdl.nano.accelerators.base import Calibration, Spec
 from bigdl.nano.accelerators.here import no_bf16
 from bigdl.nano.pytorch.binding import to_array, to_tensor
-from bigdl.nano.pytorch.frozen.split import Called, CallTracer
+from bigdl.nano.pytorch.frozen.split import Called
+from bigdl.nano.pytorch.frozen.steps import CallTracer
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence

@@ -15,7 +15,7 @@ from bigdl._base.errors import ConfigError
 from bigdl.nano.pytorch.frozen.call import Streams, as_now
 from bigdl.nano.pytorch.frozen.find import stirred_by
 from bigdl.nano.pytorch.frozen.forms import Subject, drift
-from bigdl.nano.pytorch.frozen.split import traces
+from bigdl.nano.pytorch.frozen.steps import traces
 from bigdl.nano.pytorch.structure import Structure, flatten
 
 if TYPE_CHECKING:
