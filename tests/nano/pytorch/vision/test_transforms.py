@@ -466,7 +466,11 @@ def test_the_parameters_are_torchvisions(name):
     if mine is other:  # an enum
         return
     assert issubclass(mine, other)
-    assert inspect.signature(mine) == inspect.signature(other)
+    parameters = [
+        [(one.name, one.kind, one.default) for one in inspect.signature(cls).parameters.values()]
+        for cls in (mine, other)
+    ]
+    assert parameters[0] == parameters[1]
     assert mine.__doc__ != other.__doc__
     assert mine.__module__.startswith("bigdl.")
 

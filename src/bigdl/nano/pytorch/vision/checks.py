@@ -31,6 +31,7 @@ __all__ = [
     "side",
     "size",
     "transforms",
+    "values",
 ]
 
 _Class = TypeVar("_Class", bound=type)
@@ -126,6 +127,13 @@ def interpolation(call: str, value: Any) -> None:
         )
     if value not in range(6):
         raise ConfigError(f"{call}: Pillow's numbers for interpolations are 0 to 5.")
+
+
+def values(call: str, value: Any) -> None:
+    """A number, or a sequence of numbers."""
+    for one in value if hasattr(value, "__iter__") and not isinstance(value, str) else [value]:
+        if not isinstance(one, numbers.Real) and not hasattr(one, "__float__"):
+            raise ArgumentError(f"{call}: needs numbers, one a channel, not {one!r}.")
 
 
 def path(call: str, value: Any) -> None:

@@ -1,8 +1,8 @@
 """From a file to pixels: the fast JPEG decoder where it gives what Pillow gives, else Pillow.
 
 OpenCV is used when it is installed, for plain, complete JPEGs alone. It never hears of a thread
-count: the two calls used here (``imdecode`` and ``flip``) start no threads of their own, so they
-are safe in forked loader workers.
+count: the calls used here (``imdecode``, ``flip``, ``transpose``) start no threads of their own,
+so they are safe in forked loader workers.
 """
 
 from __future__ import annotations
@@ -25,7 +25,6 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 __all__ = [
-    "ArraySource",
     "Box",
     "FileSource",
     "ImageSource",
@@ -74,10 +73,6 @@ class Box(NamedTuple):
     height: int
     width: int
 
-    def part(self, inner: Box) -> Box:
-        """``inner``, which is given within this box, within what this box is given in."""
-        return Box(self.top + inner.top, self.left + inner.left, inner.height, inner.width)
-
     def of(self, pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:
         """This part of ``pixels``, as a view."""
         return pixels[self.top : self.top + self.height, self.left : self.left + self.width]
@@ -103,30 +98,6 @@ class Source(Protocol):
 
     def info(self) -> dict[Any, Any]:
         """What the file says beside the pixels, as Pillow names it."""
-
-
-class ArraySource:
-    """Pixels that were made from those of ``origin``."""
-
-    def __init__(self, pixels: NDArray[np.uint8], origin: Source) -> None:
-        self.height, self.width = pixels.shape[:2]
-        self._pixels = pixels
-        self._origin = origin
-
-    def pixels(self, part: Box) -> NDArray[np.uint8]:
-        return part.of(self._pixels)
-
-    def scales(self) -> tuple[int, ...]:
-        return ()
-
-    def reduced(self, scale: int) -> NDArray[np.uint8]:
-        raise NotImplementedError(f"pixels have no form at scale {scale}")
-
-    def image(self, part: Box) -> Image.Image:
-        return as_image(self.pixels(part), self.info())
-
-    def info(self) -> dict[Any, Any]:
-        return self._origin.info()
 
 
 class ImageSource:

@@ -13,67 +13,54 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from PIL import Image
 
-from bigdl.nano.pytorch.vision.picture import Picture
+from bigdl.nano.pytorch.vision.picture import Floats, Picture
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
-__all__ = ["on_own_tensor", "on_picture", "run", "run_to_end", "starts_fast"]
+__all__ = ["acts_on", "run", "run_to_end", "starts_fast"]
 
 _Function = TypeVar("_Function", bound="Callable[..., Any]")
 
-_ON_PICTURE: dict[type, Callable[[Any, Picture], Any]] = {}
-_ON_OWN_TENSOR: dict[type, Callable[[Any, torch.Tensor], torch.Tensor]] = {}
+_ACTIONS: dict[tuple[type, type], Callable[[Any, Any], Any]] = {}
 
 
-def on_picture(kind: type) -> Callable[[_Function], _Function]:
-    """Enter the decorated function into the table: how transforms of ``kind`` act on pictures."""
-
-    def enter(function: _Function) -> _Function:
-        _ON_PICTURE[kind] = function
-        return function
-
-    return enter
-
-
-def on_own_tensor(kind: type) -> Callable[[_Function], _Function]:
-    """Enter how transforms of ``kind`` act on a tensor that nobody else holds: in place."""
+def acts_on(carrier: type, transform: type) -> Callable[[_Function], _Function]:
+    """Enter the decorated function: what ``transform(…)`` makes of a ``carrier``."""
 
     def enter(function: _Function) -> _Function:
-        _ON_OWN_TENSOR[kind] = function
+        _ACTIONS[carrier, transform] = function
         return function
 
     return enter
 
 
 def run(transforms: Iterable[Any], value: Any) -> Any:
-    """Apply ``transforms`` in order. The result may be a ``Picture``."""
-    is_ours = False  # whether ``value`` was made here and nobody else has seen it
+    """Apply ``transforms`` in order. The result may be a carrier: ``Picture`` or ``Floats``."""
     for transform in transforms:
-        changed = _is_changed(transform)
-        act = None if changed else _ON_PICTURE.get(type(transform))
-        if act is not None and (type(value) is Picture or _is_rgb_image(value)):
-            value = act(transform, value if type(value) is Picture else Picture.of(value))
-            is_ours = type(value) is torch.Tensor
-            continue
-        in_place = None if changed or not is_ours else _ON_OWN_TENSOR.get(type(transform))
-        if in_place is not None:
-            value = in_place(transform, value)
-            continue
-        value = transform(value.image() if type(value) is Picture else value)
-        is_ours = False
+        is_image = _is_rgb_image(value)
+        act = _ACTIONS.get((Picture if is_image else type(value), type(transform)))
+        if act is None or _is_changed(transform):
+            value = transform(_settle(value))
+        else:
+            value = act(transform, Picture.of(value) if is_image else value)
     return value
 
 
-def starts_fast(transform: Any) -> bool:
-    """Whether ``transform``, alone, takes pictures."""
-    return type(transform) in _ON_PICTURE and not _is_changed(transform)
-
-
 def run_to_end(transforms: Iterable[Any], value: Any) -> Any:
-    """Apply ``transforms`` in order, and give a PIL image where the result is a picture."""
-    value = run(transforms, value)
-    return value.image() if type(value) is Picture else value
+    """Apply ``transforms`` in order, and give what torchvision's give: an image, a tensor, …"""
+    return _settle(run(transforms, value))
+
+
+def starts_fast(transform: Any) -> bool:
+    """Whether ``transform`` is one of ours that takes pictures."""
+    return (Picture, type(transform)) in _ACTIONS and not _is_changed(transform)
+
+
+def _settle(value: Any) -> Any:
+    if type(value) is Picture:
+        return value.image()
+    return value.tensor() if type(value) is Floats else value
 
 
 def _is_rgb_image(value: Any) -> bool:

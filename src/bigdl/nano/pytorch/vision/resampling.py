@@ -1,12 +1,13 @@
-"""Resampling of uint8 pictures, where often only a part of the result is wanted.
+"""Parts and resizes of uint8 pictures, one axis after the other.
 
 torch's antialiased kernels are Pillow's filters on AVX2: equal to Pillow but for single roundings.
+Resizes and crops do not mix rows with columns, so all that happens to the rows can happen first.
 """
 
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -20,17 +21,53 @@ if TYPE_CHECKING:
 
     from bigdl.nano.pytorch.vision.decoding import Source
 
-__all__ = ["Filter", "flip", "resample"]
+__all__ = ["Axis", "Filter", "flip", "render"]
 
 Filter = Literal["bilinear", "bicubic"]
 
-_REACH = {
-    "bilinear": 1.0,
-    "bicubic": 2.0,
-}  # half the filter's width, in pixels of the coarser grid
+# Half the filter's width, in pixels of the coarser grid.
+_REACH = {"bilinear": 1.0, "bicubic": 2.0}
 _PILLOW = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
 # Nudges a scale so that size * scale never ends just below the whole number it stands for.
 _NUDGE = 1 + 1e-9
+
+
+class Resize(NamedTuple):
+    """A resize along one axis, and the part of its result that is wanted."""
+
+    size: float
+    grid: int
+    kind: Filter
+    start: int
+    stop: int
+
+
+class Axis(NamedTuple):
+    """What becomes of one axis of a source: a part of it, then resizes and parts of those."""
+
+    start: int
+    stop: int
+    resizes: tuple[Resize, ...] = ()
+
+    @property
+    def length(self) -> int:
+        last = self.resizes[-1] if self.resizes else self
+        return last.stop - last.start
+
+    def part(self, start: int, length: int) -> Axis:
+        if not self.resizes:
+            return Axis(self.start + start, self.start + start + length)
+        *before, (size, grid, kind, first, _) = self.resizes
+        first += start
+        return Axis(
+            self.start, self.stop, (*before, Resize(size, grid, kind, first, first + length))
+        )
+
+    def resize(self, length: int, kind: Filter) -> Axis:
+        now = self.length
+        if length == now:
+            return self
+        return Axis(self.start, self.stop, (*self.resizes, Resize(now, length, kind, 0, length)))
 
 
 def flip(pixels: NDArray[np.uint8], *, mirrored: bool, upside_down: bool) -> NDArray[np.uint8]:
@@ -45,125 +82,108 @@ def flip(pixels: NDArray[np.uint8], *, mirrored: bool, upside_down: bool) -> NDA
     return torch.flip(torch.from_numpy(pixels), axes).numpy()
 
 
-def resample(
-    source: Source, window: Box, grid: tuple[int, int], kind: Filter, box: Box
-) -> NDArray[np.uint8]:
-    """Resample ``window`` of ``source`` to ``grid``, and give the part ``box`` of that.
+def render(source: Source, rows: Axis, columns: Axis) -> NDArray[np.uint8]:
+    """Make the pixels of ``rows`` and ``columns``, (rows, columns, 3).
 
     A source that can decode at a smaller scale does, at the smallest that leaves at least twice
-    the grid; sizes and positions follow the true size of the source.
-
-    Args:
-        source: Where the pixels come from.
-        window: The part of the source that is resampled. Nothing outside of it counts.
-        grid: Height and width of the result as a whole.
-        kind: The filter.
-        box: What of the result is wanted.
+    what the first resize makes of it; sizes and positions follow the true size of the source.
     """
-    whole = window == Box(0, 0, source.height, source.width)
-    scale = _decode_scale(source, window, grid)
+    window = Box(rows.start, columns.start, rows.stop - rows.start, columns.stop - columns.start)
+    vertical, horizontal = rows.resizes, columns.resizes
+    scale = 1
+    if vertical and horizontal:
+        scale = _decode_scale(source, window, vertical[0].grid, horizontal[0].grid)
     if scale == 1:
-        return _resize(source.pixels(window), (window.height, window.width), grid, kind, box)
-    if whole:
-        size = (window.height / scale, window.width / scale)
-        return _resize(source.reduced(scale), size, grid, kind, box)
-    # The window's edges lie between decoded pixels, which only Pillow's resize knows.
-    return _resize_between(source.reduced(scale), window, scale, grid, kind, box)
+        pixels = source.pixels(window)
+    elif window == Box(0, 0, source.height, source.width):
+        pixels = source.reduced(scale)
+        # What was decoded is rounded up to whole pixels, what it stands for is not.
+        vertical = (vertical[0]._replace(size=window.height / scale), *vertical[1:])
+        horizontal = (horizontal[0]._replace(size=window.width / scale), *horizontal[1:])
+    else:
+        pixels = _resize_between(source, window, scale, vertical[0], horizontal[0])
+        vertical, horizontal = vertical[1:], horizontal[1:]
+    # Rows that are gone need no columns, and columns that are not there yet need no rows.
+    if rows.length <= window.height:
+        return _resize_columns(_resize_axis(pixels, vertical, axis=0), horizontal)
+    return _resize_axis(_resize_columns(pixels, horizontal), vertical, axis=0)
 
 
-def _decode_scale(source: Source, window: Box, grid: tuple[int, int]) -> int:
+def _decode_scale(source: Source, window: Box, height: int, width: int) -> int:
     for scale in source.scales():
-        if -(-window.height // scale) >= 2 * grid[0] and -(-window.width // scale) >= 2 * grid[1]:
+        if -(-window.height // scale) >= 2 * height and -(-window.width // scale) >= 2 * width:
             return scale
     return 1
 
 
-def _resize(
-    pixels: NDArray[np.uint8],
-    size: tuple[float, float],
-    grid: tuple[int, int],
-    kind: Filter,
-    box: Box,
-) -> NDArray[np.uint8]:
-    """Resample ``pixels``, which are ``size`` large (a fraction where decoding rounded up)."""
-    if box == Box(0, 0, *grid):
-        if size == pixels.shape[:2]:
-            return _interpolate(pixels, kind, target=grid)
-        return _interpolate(pixels, kind, scale=(grid[0] / size[0], grid[1] / size[1]))
-    # Of a part, one axis is made at a time. Rows are cheap to make and columns are not, so where
-    # both shrink, the columns are made of the few rows that are left.
-    if grid[0] <= size[0]:
-        return _columns(_rows(pixels, size[0], grid[0], kind, box), size[1], grid[1], kind, box)
-    return _rows(_columns(pixels, size[1], grid[1], kind, box), size[0], grid[0], kind, box)
+def _resize_columns(pixels: NDArray[np.uint8], resizes: tuple[Resize, ...]) -> NDArray[np.uint8]:
+    cv2 = opencv()
+    if not resizes:
+        return pixels
+    if cv2 is None:
+        return _resize_axis(pixels, resizes, axis=1)
+    # torch makes rows several times faster than columns: turning the picture twice is cheaper.
+    turned: NDArray[np.uint8] = cv2.transpose(_resize_axis(cv2.transpose(pixels), resizes, axis=0))
+    return turned
 
 
-def _rows(
-    pixels: NDArray[np.uint8], size: float, grid: int, kind: Filter, box: Box
+def _resize_axis(
+    pixels: NDArray[np.uint8], resizes: tuple[Resize, ...], *, axis: int
 ) -> NDArray[np.uint8]:
-    """The rows of ``box``, of all columns."""
-    if grid != size:
-        height, width = pixels.shape[:2]
-        needed = _needed(box.top + box.height, size, grid, kind, height)
+    for size, grid, kind, start, stop in resizes:
+        # Only rows can be left out at the end without a copy.
+        present = pixels.shape[axis]
+        needed = present if axis else _needed(stop, size, grid, kind, present)
         if needed == size:
-            pixels = _interpolate(pixels, kind, target=(grid, width))
+            sides = [*pixels.shape[:2]]
+            sides[axis] = grid
+            pixels = _interpolate(pixels, kind, size=sides)
         else:
-            pixels = _interpolate(pixels[:needed], kind, scale=(grid / size, 1.0))
-    return pixels[box.top : box.top + box.height]
+            scales = [1.0, 1.0]
+            scales[axis] = grid / size * _NUDGE
+            pixels = _interpolate(pixels if axis else pixels[:needed], kind, scales=scales)
+        pixels = pixels[:, start:stop] if axis else pixels[start:stop]
+    return pixels
 
 
-def _columns(
-    pixels: NDArray[np.uint8], size: float, grid: int, kind: Filter, box: Box
-) -> NDArray[np.uint8]:
-    """The columns of ``box``, of all rows."""
-    # Leaving some out on the right would cost a copy, which takes as long as making them.
-    if grid != size:
-        height, width = pixels.shape[:2]
-        if size == width:
-            pixels = _interpolate(pixels, kind, target=(height, grid))
-        else:
-            pixels = _interpolate(pixels, kind, scale=(1.0, grid / size))
-    return pixels[:, box.left : box.left + box.width]
-
-
-def _needed(end: int, size: float, grid: int, kind: Filter, present: int) -> int:
-    """How many pixels the first ``end`` of ``grid`` are made from, and a few more.
+def _needed(stop: int, size: float, grid: int, kind: Filter, present: int) -> int:
+    """How many pixels the first ``stop`` of ``grid`` are made from, and a few more.
 
     They start where the whole does and the kernel is told the scale, so what it makes of them is
     the same as of the whole.
     """
     if grid >= size:  # nothing to gain, and the kernel takes equal sizes for "nothing to do"
         return present
-    return min(present, math.ceil((end + _REACH[kind]) * size / grid) + 2)
+    return min(present, math.ceil((stop + _REACH[kind]) * size / grid) + 2)
 
 
 def _interpolate(
     pixels: NDArray[np.uint8],
     kind: Filter,
     *,
-    target: tuple[int, int] | None = None,
-    scale: tuple[float, float] | None = None,
+    size: list[int] | None = None,
+    scales: list[float] | None = None,
 ) -> NDArray[np.uint8]:
-    """Resample to ``target``, or by ``scale`` to as many whole pixels as that gives."""
+    """Resample to ``size``, or by ``scales`` to as many whole pixels as that gives."""
     # torch takes (1, 3, height, width) in this order of memory, its channels_last, without
     # repacking, but only if the stride of the first axis is that of a whole picture.
     pictures = np.ascontiguousarray(pixels).reshape(1, *pixels.shape).transpose(0, 3, 1, 2)
-    if scale is not None:
-        scale = (scale[0] * _NUDGE, scale[1] * _NUDGE)
-    done = interpolate(
-        torch.from_numpy(pictures), size=target, scale_factor=scale, mode=kind, antialias=True
+    made = interpolate(
+        torch.from_numpy(pictures),
+        size=size,
+        scale_factor=scales,
+        mode=kind,
+        antialias=True,
     )
-    resampled: NDArray[np.uint8] = done.numpy()[0].transpose(1, 2, 0)
+    resampled: NDArray[np.uint8] = made.numpy()[0].transpose(1, 2, 0)
     return resampled
 
 
 def _resize_between(
-    pixels: NDArray[np.uint8],
-    window: Box,
-    scale: int,
-    grid: tuple[int, int],
-    kind: Filter,
-    box: Box,
+    source: Source, window: Box, scale: int, vertical: Resize, horizontal: Resize
 ) -> NDArray[np.uint8]:
+    """Resize a window whose edges lie between decoded pixels, which only Pillow's resize knows."""
+    pixels = source.reduced(scale)
     top, left = window.top // scale, window.left // scale
     bottom = min(pixels.shape[0], -(-(window.top + window.height) // scale))
     right = min(pixels.shape[1], -(-(window.left + window.width) // scale))
@@ -174,4 +194,5 @@ def _resize_between(
         min(bottom, (window.top + window.height) / scale) - top,
     )
     part = Image.fromarray(pixels[top:bottom, left:right])
-    return box.of(np.array(part.resize((grid[1], grid[0]), _PILLOW[kind], box=edges)))
+    resized = part.resize((horizontal.grid, vertical.grid), _PILLOW[vertical.kind], box=edges)
+    return np.array(resized)[vertical.start : vertical.stop, horizontal.start : horizontal.stop]

@@ -21,8 +21,8 @@ from torchvision.transforms import InterpolationMode
 from bigdl._base.errors import ConfigError
 from bigdl.nano.pytorch.vision import checks
 from bigdl.nano.pytorch.vision.checks import checked
-from bigdl.nano.pytorch.vision.picture import Picture
-from bigdl.nano.pytorch.vision.pipeline import on_own_tensor, on_picture, run, run_to_end
+from bigdl.nano.pytorch.vision.picture import Floats, Picture
+from bigdl.nano.pytorch.vision.pipeline import acts_on, run, run_to_end
 from bigdl.nano.pytorch.vision.transforms import functional
 
 if TYPE_CHECKING:
@@ -84,7 +84,7 @@ class Compose(_torchvision.Compose):
         return run_to_end(self.transforms, img)
 
 
-@on_picture(Compose)
+@acts_on(Picture, Compose)
 def _compose(transform: Compose, picture: Picture) -> Any:
     return run(transform.transforms, picture)
 
@@ -94,7 +94,7 @@ class RandomApply(_torchvision.RandomApply):
     """Apply all of some transforms with probability ``p``, else none."""
 
 
-@on_picture(RandomApply)
+@acts_on(Picture, RandomApply)
 def _random_apply(transform: RandomApply, picture: Picture) -> Any:
     if transform.p < torch.rand(1):
         return picture
@@ -106,7 +106,7 @@ class RandomOrder(_torchvision.RandomOrder):
     """Apply transforms in a random order."""
 
 
-@on_picture(RandomOrder)
+@acts_on(Picture, RandomOrder)
 def _random_order(transform: RandomOrder, picture: Picture) -> Any:
     order = list(range(len(transform.transforms)))
     random.shuffle(order)
@@ -118,7 +118,7 @@ class RandomChoice(_torchvision.RandomChoice):
     """Apply one transform picked at random, with weights ``p``."""
 
 
-@on_picture(RandomChoice)
+@acts_on(Picture, RandomChoice)
 def _random_choice(transform: RandomChoice, picture: Picture) -> Any:
     return run(random.choices(transform.transforms, weights=transform.p), picture)
 
@@ -154,7 +154,7 @@ class Resize(_torchvision.Resize):
         return functional.resize(img, self.size, self.interpolation, self.max_size, self.antialias)
 
 
-@on_picture(Resize)
+@acts_on(Picture, Resize)
 def _resize(transform: Resize, picture: Picture) -> Any:
     return functional.resize_picture(
         picture, transform.size, transform.interpolation, transform.max_size, transform.antialias
@@ -166,7 +166,7 @@ class CenterCrop(_torchvision.CenterCrop):
     """Crop the middle; what is too small is padded with zeros."""
 
 
-@on_picture(CenterCrop)
+@acts_on(Picture, CenterCrop)
 def _center_crop(transform: CenterCrop, picture: Picture) -> Any:
     height, width = transform.size
     if height > picture.height or width > picture.width:
@@ -181,7 +181,7 @@ class RandomCrop(_torchvision.RandomCrop):
     """Crop at a random place."""
 
 
-@on_picture(RandomCrop)
+@acts_on(Picture, RandomCrop)
 def _random_crop(transform: RandomCrop, picture: Picture) -> Any:
     height, width = transform.size
     down, right = picture.height - height, picture.width - width
@@ -205,7 +205,7 @@ class RandomResizedCrop(_torchvision.RandomResizedCrop):
         )
 
 
-@on_picture(RandomResizedCrop)
+@acts_on(Picture, RandomResizedCrop)
 def _random_resized_crop(transform: RandomResizedCrop, picture: Picture) -> Any:
     # torchvision asks the image for nothing but its size
     shape = torch.empty((3, picture.height, picture.width), device="meta")
@@ -224,7 +224,7 @@ class RandomHorizontalFlip(_torchvision.RandomHorizontalFlip):
     """Swap left and right with probability ``p``."""
 
 
-@on_picture(RandomHorizontalFlip)
+@acts_on(Picture, RandomHorizontalFlip)
 def _random_horizontal_flip(transform: RandomHorizontalFlip, picture: Picture) -> Any:
     return picture.flip(mirrored=True) if _happens(transform.p) else picture
 
@@ -234,7 +234,7 @@ class RandomVerticalFlip(_torchvision.RandomVerticalFlip):
     """Swap top and bottom with probability ``p``."""
 
 
-@on_picture(RandomVerticalFlip)
+@acts_on(Picture, RandomVerticalFlip)
 def _random_vertical_flip(transform: RandomVerticalFlip, picture: Picture) -> Any:
     return picture.flip(upside_down=True) if _happens(transform.p) else picture
 
@@ -290,7 +290,7 @@ _ADJUSTMENTS: tuple[Callable[[Any, float], Any], ...] = (
 )
 
 
-@on_picture(ColorJitter)
+@acts_on(Picture, ColorJitter)
 def _color_jitter(transform: ColorJitter, picture: Picture) -> Any:
     ranges = (transform.brightness, transform.contrast, transform.saturation, transform.hue)
     # An order is drawn even if nothing is to be changed, as torchvision does.
@@ -314,7 +314,7 @@ class RandomGrayscale(_torchvision.RandomGrayscale):
     """Turn grey with probability ``p``, with as many channels as before."""
 
 
-@on_picture(RandomGrayscale)
+@acts_on(Picture, RandomGrayscale)
 def _random_grayscale(transform: RandomGrayscale, picture: Picture) -> Any:
     if torch.rand(1) < transform.p:
         return functional.rgb_to_grayscale(picture.image(), num_output_channels=3)
@@ -364,10 +364,12 @@ class ToTensor(_torchvision.ToTensor):
     """Turn an image into a tensor (channels, height, width) of floats from 0 to 1."""
 
 
-@on_picture(ToTensor)
-def _to_tensor(transform: ToTensor, picture: Picture) -> torch.Tensor:
+@acts_on(Picture, ToTensor)
+def _to_tensor(transform: ToTensor, picture: Picture) -> Floats | torch.Tensor:
     dtype = torch.get_default_dtype()
-    return picture.tensor().to(dtype, memory_format=torch.contiguous_format).div_(255)
+    if dtype not in (torch.float32, torch.float64):  # NumPy and OpenCV have no others
+        return picture.tensor().to(dtype).div_(255)
+    return Floats(picture, dtype)
 
 
 @checked()
@@ -375,9 +377,9 @@ class PILToTensor(_torchvision.PILToTensor):
     """Turn an image into a tensor (channels, height, width) of its own values."""
 
 
-@on_picture(PILToTensor)
+@acts_on(Picture, PILToTensor)
 def _pil_to_tensor(transform: PILToTensor, picture: Picture) -> torch.Tensor:
-    return picture.tensor().clone()
+    return picture.tensor()
 
 
 @checked()
@@ -390,15 +392,14 @@ class ConvertImageDtype(_torchvision.ConvertImageDtype):
     """Convert a tensor to ``dtype`` and scale the values to its range."""
 
 
-@checked()
+@checked(mean=checks.values, std=checks.values)
 class Normalize(_torchvision.Normalize):
     """Subtract ``mean`` and divide by ``std``, for each channel of a tensor."""
 
 
-@on_own_tensor(Normalize)
-def _normalize(transform: Normalize, tensor: torch.Tensor) -> torch.Tensor:
-    done: torch.Tensor = functional.normalize(tensor, transform.mean, transform.std, inplace=True)
-    return done
+@acts_on(Floats, Normalize)
+def _normalize(transform: Normalize, floats: Floats) -> Floats:
+    return floats.normalize(transform.mean, transform.std)
 
 
 @checked(p=checks.probability)
