@@ -77,7 +77,7 @@ class AcceleratorContract:
         with torch.random.fork_rng([]):
             torch.manual_seed(0)
             model = _Small()
-            model.norm.running_mean.uniform_(-1, 1)
+            nn.init.uniform_(model.norm.weight, 0.5, 1.5)
             return TorchSource(model, (torch.randn(4, 3, 9, 9), torch.randn(4, 3, 9, 9)))
 
     @pytest.fixture(scope="class")

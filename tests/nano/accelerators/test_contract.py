@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import MappingProxyType
+
 import pytest
 
 pytest.importorskip("torch")
@@ -25,13 +27,13 @@ class TestEager(AcceleratorContract):
 
 class TestEagerChannelsLast(AcceleratorContract):
     accelerator = accelerator("eager")
-    config = {"channels_last": True}
+    config = MappingProxyType({"channels_last": True})
 
 
 class TestEagerBf16(AcceleratorContract):
     accelerator = accelerator("eager")
     precision = "bf16"
-    config = {"channels_last": True}
+    config = MappingProxyType({"channels_last": True})
 
 
 class TestCompile(AcceleratorContract):
@@ -41,7 +43,7 @@ class TestCompile(AcceleratorContract):
 class TestCompileBf16(AcceleratorContract):
     accelerator = accelerator("compile")
     precision = "bf16"
-    config = {"channels_last": True}
+    config = MappingProxyType({"channels_last": True})
 
 
 class TestTorchInt8(AcceleratorContract):
@@ -61,7 +63,7 @@ class TestOnnxRuntimeInt8(AcceleratorContract):
 class TestOnnxRuntimeInt8Dynamic(AcceleratorContract):
     accelerator = accelerator("onnxruntime")
     precision = "int8"
-    config = {"quantization": "dynamic"}
+    config = MappingProxyType({"quantization": "dynamic"})
 
 
 class TestOpenVino(AcceleratorContract):
@@ -70,7 +72,7 @@ class TestOpenVino(AcceleratorContract):
 
 class TestOpenVinoThroughput(AcceleratorContract):
     accelerator = accelerator("openvino")
-    config = {"hint": "throughput", "own_shapes": 0}
+    config = MappingProxyType({"hint": "throughput", "own_shapes": 0})
 
 
 class TestOpenVinoBf16(AcceleratorContract):

@@ -304,9 +304,9 @@ def _quantize_static(
                 use_external_data_format=len(_parts(prepared)) > 1,
             )
         except Exception as exc:
+            if reader.seen == 0:
+                raise ConfigError("calib_data holds no batch; int8 needs at least one.") from None
             raise ConfigError(f"ONNX Runtime cannot quantize this model: {_line(exc)}") from exc
-    if reader.seen == 0:
-        raise ConfigError("calib_data holds no batch; int8 needs at least one.")
 
 
 def _used_inputs(path: Path, spec: Spec) -> list[str]:

@@ -127,6 +127,8 @@ def _writable(array: np.ndarray) -> np.ndarray:
 
 def _quantized(source: Any, calibration: Calibration) -> Any:
     """The model as a graph with quantizers in it, calibrated."""
+    import torch
+
     pt2e = need("torchao.quantization.pt2e.quantize_pt2e", extra="inference", purpose=_PURPOSE)
     x86 = need(
         "torchao.quantization.pt2e.quantizer.x86_inductor_quantizer",
@@ -142,7 +144,7 @@ def _quantized(source: Any, calibration: Calibration) -> Any:
     )
     batches = iter(calibration.batches)
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), torch.no_grad():
             warnings.simplefilter("ignore")
             prepared = pt2e.prepare_pt2e(_exported(source), quantizer)
     except BigDLError:
@@ -163,17 +165,9 @@ def _quantized(source: Any, calibration: Calibration) -> Any:
 
 def _exported(source: Any) -> Any:
     """The model as one graph of operators."""
-    import torch
-
     flat = copy.deepcopy(source.flat).cpu()
-    example = source.example()
-    _as_functions(flat, example)
-    shapes = source.dynamic_shapes()
-    with torch.no_grad():
-        program = torch.export.export(
-            flat, example, dynamic_shapes={"leaves": tuple(shapes)} if any(shapes) else None
-        )
-    return program.module(check_guards=False)
+    _as_functions(flat, source.example())
+    return source.exported(flat).module(check_guards=False)
 
 
 def _as_functions(model: Any, example: Sequence[Any]) -> None:

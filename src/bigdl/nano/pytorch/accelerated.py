@@ -19,7 +19,7 @@ from bigdl.nano.accelerators import ACCELERATORS
 from bigdl.nano.accelerators.base import Config, Spec, make_config
 from bigdl.nano.accelerators.here import Missing
 from bigdl.nano.pytorch.binding import to_array, to_tensor
-from bigdl.nano.pytorch.export import TorchSource, verify
+from bigdl.nano.pytorch.export import TorchSource, quiet_run, verify
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -88,12 +88,13 @@ def build(
         config=options,
     )
     _must_run_here(runtime, accelerator, spec)
-    compiled = runtime.compile(source, spec, calibration)
-    try:
-        _settle(compiled, source, name, precision)
-    except BaseException:
-        compiled.close()
-        raise
+    with quiet_run(source.native):
+        compiled = runtime.compile(source, spec, calibration)
+        try:
+            _settle(compiled, source, name, precision)
+        except BaseException:
+            compiled.close()
+            raise
     return AcceleratedModule(
         compiled,
         source.interface,
@@ -189,6 +190,9 @@ class AcceleratedModule(nn.Module):
 
     def _flat(self, *args: Any, **kwargs: Any) -> Any:
         """A call through flat arrays."""
+        if torch.is_inference_mode_enabled():  # its tensors could not be changed by the caller
+            with torch.inference_mode(False):
+                return self._flat(*args, **kwargs)
         interface = self._interface
         tensors = interface.tensors(args, kwargs)
         interface.check(tensors, _CPU)

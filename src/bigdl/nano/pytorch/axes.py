@@ -231,7 +231,12 @@ def probe_axes(
             failed = [g for g in failed if not set(g.members) <= set(group.members)]
     if failed and must:
         _refuse(failed[0], prober)
-    prober.runs.append(run(prober.base))  # the sample itself, or its first rows: may raise
+    last = prober.attempt(prober.base)  # the sample itself, or its first rows
+    if last is None:
+        raise ConfigError(
+            f"The model cannot run its sample: {type(prober.fault).__name__}: {prober.fault}"
+        ) from prober.fault
+    prober.runs.append(last)
     ties = [
         TiedAxes(group.members, prober.least(group) if group.members[0][1] == 0 else 0)
         for group in found

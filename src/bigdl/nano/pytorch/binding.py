@@ -159,6 +159,8 @@ class _Check:
         for axis, length in self.fixed:
             if shape[axis] != length:
                 raise self.fault(value)
+        if value.layout is not torch.strided:
+            raise DataError(f"{self.path} is sparse; need a dense tensor, as to_dense() gives it.")
         if device is not None and value.device != device:
             raise DataError(
                 f"{self.path} is on {value.device}, but this model runs on {device}; "

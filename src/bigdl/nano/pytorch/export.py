@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import logging
+import random
 import re
 import warnings
 from collections.abc import Mapping
@@ -32,6 +33,7 @@ from bigdl.nano.pytorch.binding import (
     to_array,
     to_tensor,
 )
+from bigdl.nano.pytorch.pooling import pooling_table
 from bigdl.nano.pytorch.structure import Structure, Unknown, flatten, map_tensors
 
 if TYPE_CHECKING:
@@ -91,7 +93,7 @@ class TorchSource:
         self._writes = False
         self._onnx: Path | None = None
         paths = [path for path, _ in _argument_paths(arguments)]
-        with _quiet_run(module):
+        with quiet_run(module):
             self._module = frozen_copy(module)
             self._given = tensors = [tensor.detach().clone() for tensor in tensors]
             probe = probe_axes(
@@ -293,23 +295,40 @@ class TorchSource:
         return path
 
     def _program(self) -> Any:
+        model = frozen_copy(self.flat).cpu() if self.device.type != "cpu" else self.flat
+        with quiet_run(self._module):
+            try:
+                return self._to_onnx(model)
+            except BigDLError:
+                raise
+            except Exception as exc:
+                if "adaptive_" not in _first_cause(exc):
+                    raise ConfigError(self._export_fault(exc)) from exc
+            try:  # ONNX has no such pooling, but it can be said in other operators
+                return self._to_onnx(self.exported(model).run_decompositions(pooling_table()))
+            except Exception as exc:
+                raise ConfigError(self._export_fault(exc)) from exc
+
+    def _to_onnx(self, model: Any) -> Any:
         shapes = self.dynamic_shapes()
-        model = self.flat.eval()
-        try:
-            with _quiet_run(self._module):
-                return torch.onnx.export(
-                    model.cpu() if self.device.type == "cpu" else frozen_copy(model).cpu(),
-                    self.example(),
-                    dynamo=True,
-                    input_names=[spec.name for spec in self.inputs],
-                    output_names=[spec.name for spec in self.outputs],
-                    dynamic_shapes={"leaves": tuple(shapes)} if any(shapes) else None,
-                    verbose=False,
-                )
-        except BigDLError:
-            raise
-        except Exception as exc:
-            raise ConfigError(self._export_fault(exc)) from exc
+        return torch.onnx.export(
+            model,
+            self.example(),
+            dynamo=True,
+            input_names=[spec.name for spec in self.inputs],
+            output_names=[spec.name for spec in self.outputs],
+            dynamic_shapes={"leaves": tuple(shapes)} if any(shapes) else None,
+            verbose=False,
+        )
+
+    def exported(self, flat: nn.Module) -> torch.export.ExportedProgram:
+        """``flat``, or a changed copy of it, as one graph of operators."""
+        shapes = self.dynamic_shapes()
+        return torch.export.export(
+            flat,
+            self.example(),
+            dynamic_shapes={"leaves": tuple(shapes)} if any(shapes) else None,
+        )
 
     def _export_fault(self, exc: Exception) -> str:
         return f"{self._name} cannot be exported to ONNX: {_first_cause(exc)}" + (
@@ -417,18 +436,23 @@ def _distance(wanted: torch.Tensor, got: torch.Tensor) -> float:
 
 
 @contextmanager
-def _quiet_run(model: nn.Module) -> Iterator[None]:
+def quiet_run(model: nn.Module) -> Iterator[None]:
     """No gradients, the global random streams put back, other libraries' warnings held."""
     on_gpu = any(parameter.is_cuda for parameter in model.parameters())
     devices = list(range(torch.cuda.device_count())) if on_gpu else []
-    with (
-        warnings.catch_warnings(),
-        torch.random.fork_rng(devices),
-        torch.inference_mode(False),  # a caller's: its tensors would stay bound to it
-        torch.no_grad(),
-    ):
-        warnings.simplefilter("ignore")
-        yield
+    streams = random.getstate(), np.random.get_state()
+    try:
+        with (
+            warnings.catch_warnings(),
+            torch.random.fork_rng(devices),
+            torch.inference_mode(False),  # a caller's: its tensors would stay bound to it
+            torch.no_grad(),
+        ):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        random.setstate(streams[0])
+        np.random.set_state(streams[1])
 
 
 class _Flat(nn.Module):
