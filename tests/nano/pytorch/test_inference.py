@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
+import pickle
 import random
 import signal
 import subprocess
@@ -32,6 +33,7 @@ from bigdl.nano.pytorch import InferenceOptimizer
 from bigdl.nano.pytorch.batches import as_batches
 from bigdl.nano.pytorch.methods import METHODS, in_order, select
 from bigdl.nano.pytorch.optimizing import preload
+from bigdl.nano.pytorch.trial import Shipped
 from bigdl.nano.selection import Report
 
 FAST = ["channels_last", "openvino_fp32"]
@@ -300,6 +302,21 @@ ONE = (torch.ones(4, 3), torch.zeros(4, 3))
 def test_forms_of_data(data, count):
     batches = as_batches(data, "data")
     assert [len(list(batches)) for _ in range(2)] == [count, count]
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # TorchScript's own
+@pytest.mark.parametrize("how", ["export", "script", "plain"])
+def test_compiled_programs_travel_in_their_own_form(how):
+    x = torch.randn(2, 3)
+    model = nn.Linear(3, 3).eval()
+    made = {
+        "export": lambda: torch.export.export(model, (x,)),
+        "script": lambda: torch.jit.script(model),
+        "plain": lambda: model,
+    }[how]()
+    shipped = pickle.loads(pickle.dumps(Shipped.of(made)))
+    arrived = shipped.open() if isinstance(shipped, Shipped) else shipped
+    assert torch.equal(arrived(x), model(x))
 
 
 def test_throughput_is_taken_on_the_data_and_latency_on_the_sample(net, data):

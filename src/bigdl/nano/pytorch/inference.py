@@ -20,7 +20,7 @@ from bigdl.nano.pytorch.metrics import read_metric
 from bigdl.nano.pytorch.onnx_mode import in_onnx_mode
 from bigdl.nano.pytorch.optimizing import Found, search
 from bigdl.nano.pytorch.quantizing import Quantization
-from bigdl.nano.pytorch.trial import Randomness, Task
+from bigdl.nano.pytorch.trial import Randomness, Shipped, Task
 from bigdl.nano.selection import ORIGINAL, Criterion, Report
 
 if TYPE_CHECKING:
@@ -133,7 +133,7 @@ class InferenceOptimizer:
         _check_precision(precision)
         _check_accelerator(accelerator, optional=True)
         return Quantization(
-            model=model,
+            model=model.module() if isinstance(model, torch.export.ExportedProgram) else model,
             method=method_of(
                 accelerator or {"int8": "torch_int8", "bf16": "eager"}[precision], precision
             ),
@@ -257,7 +257,7 @@ class InferenceOptimizer:
         for name, value in {"budget_s": budget_s, "method_timeout_s": method_timeout_s}.items():
             _check_seconds(name, value)
         task = Task(
-            model=model,
+            model=Shipped.of(model),
             training_data=as_batches(training_data, "training_data"),
             validation_data=None
             if validation_data is None

@@ -6,12 +6,13 @@ A worker holds the original and one candidate, both on the same threads, and tim
 from __future__ import annotations
 
 import contextlib
+import io
 import itertools
 import pickle
 import random
 import sys
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
@@ -35,7 +36,7 @@ if TYPE_CHECKING:
     from bigdl.nano.pytorch.metrics import Metric
     from bigdl.nano.selection import Objective
 
-__all__ = ["Randomness", "Task", "Trial", "run"]
+__all__ = ["Randomness", "Shipped", "Task", "Trial", "run"]
 
 TASK_FILE = "task.pkl"
 # Seconds of timing a method; enough for hundreds of fast calls and a few very slow ones.
@@ -67,12 +68,42 @@ class Randomness:
             numpy.random.set_state(self.numpy)
 
 
+@dataclass(frozen=True)
+class Shipped:
+    """A compiled program, which pickle cannot send, in its own form of a file."""
+
+    kind: Literal["script", "export"]
+    content: bytes
+
+    @classmethod
+    def of(cls, model: Any) -> Any:
+        """``model`` in the form in which it travels: itself, unless it is such a program."""
+        buffer = io.BytesIO()
+        if isinstance(model, torch.jit.ScriptModule):
+            torch.jit.save(model, buffer)
+            return cls("script", buffer.getvalue())
+        if isinstance(model, torch.export.ExportedProgram):
+            torch.export.save(model, buffer)
+            return cls("export", buffer.getvalue())
+        return model
+
+    def open(self) -> torch.nn.Module:
+        """The module."""
+        buffer = io.BytesIO(self.content)
+        module: torch.nn.Module
+        if self.kind == "script":
+            module = torch.jit.load(buffer)  # type: ignore[no-untyped-call]
+        else:
+            module = torch.export.load(buffer).module()
+        return module
+
+
 @dataclass(frozen=True, kw_only=True)
 class Task:
     """What all methods have in common; written once, read by each worker.
 
     Args:
-        model: The original.
+        model: The original, or the form in which it travels.
         training_data: As the user gave it: calibration, and what is timed.
         validation_data: As the user gave it, or None for the training data.
         metric: As the user gave it.
@@ -83,7 +114,7 @@ class Task:
         randomness: The caller's, so that shuffles and augmentations are the same in each worker.
     """
 
-    model: torch.nn.Module
+    model: Any
     training_data: Any
     validation_data: Any
     metric: Any
@@ -123,8 +154,7 @@ def run(folder: Path, name: str, reference: Any) -> Trial:
         reference: What the original's trial brought back.
     """
     emit("reading the model and the data")
-    with (folder / TASK_FILE).open("rb") as file:
-        task: Task = pickle.load(file)
+    task = _read_task(folder)
     torch.set_num_threads(task.threads)
     work = _Work(task)
     metric: Metric = read_metric(task.metric, task.direction) or Agreement(reference)
@@ -140,6 +170,21 @@ def run(folder: Path, name: str, reference: Any) -> Trial:
         reference=kept,
         sample=work.sample if name == ORIGINAL else None,
     )
+
+
+def _read_task(folder: Path) -> Task:
+    try:
+        with (folder / TASK_FILE).open("rb") as file:
+            task: Task = pickle.load(file)
+    except Exception as exc:
+        raise ConfigError(
+            "The model, the data or the metric cannot be read in another process, and each method "
+            f"is tried in a process of its own: {type(exc).__name__}: {_sentence(exc)}. "
+            "trace() and quantize() work in this one."
+        ) from exc
+    if isinstance(task.model, Shipped):
+        return replace(task, model=task.model.open())
+    return task
 
 
 class _Work:
