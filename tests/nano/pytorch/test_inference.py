@@ -304,7 +304,7 @@ def test_forms_of_data(data, count):
     assert [len(list(batches)) for _ in range(2)] == [count, count]
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # TorchScript's own
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 @pytest.mark.parametrize("how", ["export", "script", "plain"])
 def test_compiled_programs_travel_in_their_own_form(how):
     x = torch.randn(2, 3)
