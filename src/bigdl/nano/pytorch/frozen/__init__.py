@@ -51,6 +51,10 @@ class FrozenTrunk(Candidate):
         self._built: dict[tuple[str, Any, bool, bytes], Made] = {}
         self._last: _AppliedTrunks | None = None
 
+    def setup_s(self, scene: Scene) -> float:
+        # where the run's length is known, building keeps to what the run can repay
+        return 5.0 if scene.steps_left is None else 0.5
+
     def refuse(self, scene: Scene) -> str | None:
         return why_none(scene.module)
 

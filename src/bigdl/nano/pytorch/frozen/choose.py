@@ -40,8 +40,8 @@ class Budget:
     """
 
     steps: int | None
-    share: float = 0.08
-    unknown_s: float = 60.0
+    share: float = 0.1
+    unknown_s: float = 15.0
 
     def seconds(self, own_s: float) -> float:
         """The limit for a trunk that takes ``own_s`` a call."""

@@ -318,7 +318,7 @@ FORMS: tuple[Form, ...] = (
         precision="int8",
         **_through("openvino", "int8"),
         build_s=8.0,
-        build_runs=15.0,
+        build_runs=6.0,
     ),
     Form(
         name="openvino_bf16",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from itertools import chain
-from operator import attrgetter, itemgetter
+from operator import attrgetter, is_, itemgetter
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -21,12 +21,13 @@ _version = attrgetter("_version")
 _needs_grad = attrgetter("requires_grad")
 _mode = itemgetter("training")
 _address = torch.Tensor.data_ptr
+_values = dict.values
 
 
 class Watch:
     """The state of modules and their tensors at one moment, to compare with later ones.
 
-    Whole lists are read and compared by C code: some 50 µs for a ResNet-50.
+    Whole lists are read and compared by C code: some 70 µs for a ResNet-50.
 
     Args:
         modules: Modules whose modes, hooks and parts count.
@@ -50,14 +51,14 @@ class Watch:
         self._tensors = [t for m in values_of for t in _own_tensors(m)]
         self._parameters = [p for m in values_of for p in m._parameters.values() if p is not None]
         self._modes = self._read_modes()
-        self._identities = self._read_identities()
+        self._contents = self._read_contents()
         self.accept_values()
 
     def _read_modes(self) -> list[bool]:
         return list(map(_mode, self._attributes))
 
-    def _read_identities(self) -> list[int]:
-        return list(map(id, chain.from_iterable(map(dict.values, self._parts))))
+    def _read_contents(self) -> list[Any]:
+        return list(chain.from_iterable(map(_values, self._parts)))
 
     def accept_values(self) -> None:
         """Take the present weights as the known ones."""
@@ -70,8 +71,13 @@ class Watch:
             self._modes == self._read_modes()
             and not any(self._hooks)
             and True not in map(_needs_grad, self._parameters)
-            and self._identities == self._read_identities()
+            and self._same_contents()
         )
+
+    def _same_contents(self) -> bool:
+        # by identity: tensors would compare themselves element by element
+        now = self._read_contents()
+        return len(now) == len(self._contents) and all(map(is_, now, self._contents))
 
     def same_values(self) -> bool:
         """No weight was written or replaced since they were last accepted."""
