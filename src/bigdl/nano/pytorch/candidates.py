@@ -1,7 +1,8 @@
 """The seam of the training plan: one way to make a training step faster, tried and undone.
 
-Knows torch; imports no Lightning. The table at the end names the candidates. A candidate is applied to a module and its optimizers in
-place, wraps the step while it is applied, and takes everything back when undone.
+Knows torch; imports no Lightning. The table at the end names the candidates. A candidate is
+applied to a module and its optimizers in place, wraps the step while it is applied, and takes
+everything back when undone.
 """
 
 from __future__ import annotations

@@ -210,12 +210,14 @@ class Choice:
         self._rows: dict[str, Row] = {}
         self._chosen: list[Candidate] = []
         self._options: dict[str, dict[str, Any]] = {}
-        self._waiting = [one for one in candidates if self._may(one)]
+        #: Nothing is left untried because the run is too short for it.
+        self.is_whole = True
         self._original: _Original | None = None
         self._best: Stage | None = None  # has what is chosen in force, and has taken a step
         self._own_copy_s = 0.0  # the user's own step on a copy
         self._copy_s = 0.0  # a step with what is chosen, on a copy
         self._overhead_s = 0.0  # what a step of the run takes beyond its copy
+        self._waiting = [one for one in candidates if self._may(one)]
 
     @property
     def share(self) -> float:
@@ -295,11 +297,13 @@ class Choice:
     def skip_next(self, reason: str) -> None:
         """Do not try the next one, for a reason."""
         one = self._waiting.pop(0)
+        self.is_whole = False
         self._rows[one.name] = Row(name=one.name, status="skipped", reason=reason)
 
     def skip(self, reason: str) -> None:
         """Try nothing more, for a reason."""
         waiting, self._waiting = self._waiting, []
+        self.is_whole &= not waiting
         for one in waiting:
             self._rows[one.name] = Row(name=one.name, status="skipped", reason=reason)
 
@@ -318,6 +322,7 @@ class Choice:
             if saving is not None and cost > saving:
                 reason = f"trying takes some {cost:.3g} s, and the steps left cannot repay that"
                 status = "skipped"
+                self.is_whole = False
         if reason is None:
             return True
         self._rows[one.name] = Row(name=one.name, status=status, reason=reason)  # type: ignore[arg-type]
@@ -493,7 +498,7 @@ class Choice:
             while in_force:
                 in_force.pop().undo()
             clock(1)
-            return clock(steps)
+            return float(clock(steps))
 
         def on(steps: int) -> float:
             if not in_force:
@@ -502,7 +507,7 @@ class Choice:
                     for one in candidates
                 )
             clock(1)
-            return clock(steps)
+            return float(clock(steps))
 
         try:
             return time_in_turns(off, on, limit_s=self._limit_s)

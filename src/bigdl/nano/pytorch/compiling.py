@@ -68,7 +68,7 @@ class _Compiled(Applied):
         self._modules = modules
         for module in modules:
             # random numbers as in eager mode: the global stream must move as it would
-            module._compiled_call_impl = torch.compile(  # type: ignore[assignment]
+            module._compiled_call_impl = torch.compile(
                 module._call_impl, options={"fallback_random": True}
             )
 

@@ -232,8 +232,11 @@ def _dot(a: torch.Tensor, b: torch.Tensor) -> float:
     flat, other = a.detach().reshape(-1), b.detach().reshape(-1)
     # in blocks: double precision without a double copy of the whole
     return sum(
-        float(torch.dot(x.double(), y.double()))
-        for x, y in zip(flat.split(1 << 20), other.split(1 << 20), strict=True)
+        (
+            float(torch.dot(x.double(), y.double()))
+            for x, y in zip(torch.split(flat, 1 << 20), torch.split(other, 1 << 20), strict=True)
+        ),
+        0.0,
     )
 
 

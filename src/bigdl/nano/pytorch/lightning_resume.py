@@ -327,7 +327,7 @@ class _CheckpointConnector(_StockConnector):  # type: ignore[misc,valid-type]
     _is_tuning = False
 
     def dump_checkpoint(self, weights_only: bool | None = None) -> dict[str, Any]:
-        checkpoint = super().dump_checkpoint(weights_only)
+        checkpoint: dict[str, Any] = super().dump_checkpoint(weights_only)
         trainer = self.trainer
         if trainer._session is not None and trainer._session.force is not None:
             trainer._session.force.as_users(checkpoint)

@@ -79,6 +79,7 @@ class Session:
         self._starts: list[float] = []  # when each began
         self._choice: Choice | None = None
         self._spent_s = 0.0
+        self._steps_at_choice: int | None = None
         self._first_epoch = 0
         self._wiring: Wiring | None = None
         self.force: InForce | None = None
@@ -201,11 +202,12 @@ class Session:
             trainer.accumulate_grad_batches,
             trainer.gradient_clip_val,
         )
-        known = self._kept[1] if self._kept and self._kept[0] == self.key else None
-        known = known or plan_cache.load(self.key)
-        if known is None:
+        if self._kept is not None and self._kept[0] == self.key:
+            return self._serves_again(self._kept[1], batch)
+        kept = plan_cache.load(self.key)
+        if kept is None or not kept.serves(self._steps_left()):
             return False
-        return self._serves_again(known, batch)
+        return self._serves_again(kept.plan, batch)
 
     def _serves_again(self, known: Plan, batch: Any) -> bool:
         """Check a known plan against the guard once more; nothing is timed."""
@@ -255,10 +257,10 @@ class Session:
     def _epochs_left(self) -> int | None:
         """Epochs after this one that can be counted on; None where that is not known."""
         trainer = self._trainer
-        most = trainer.fit_loop.max_epochs
+        most: int | None = trainer.fit_loop.max_epochs
         if self._epochs is None or most is None or most < 0:
             return None
-        left = max(0, most - trainer.current_epoch - 1)
+        left = max(0, most - int(trainer.current_epoch) - 1)
         if any(isinstance(one, _EarlyStopping) for one in trainer.callbacks):
             left = min(left, max(_EPOCHS_COUNTED_ON, trainer.fit_loop.min_epochs or 0))
         return left
@@ -303,11 +305,12 @@ class Session:
             rehearsal = LightningRehearsal(
                 self._trainer, self._batches, self._scene(self._batches[-1][0])
             )
+            self._steps_at_choice = self._steps_left()
             self._choice = Choice(
                 rehearsal,
                 self._guard,
                 own_step_s=self._own_s,
-                steps_left=self._steps_left(),
+                steps_left=self._steps_at_choice,
             )
         choice = self._choice
         choice.went_on()
@@ -324,7 +327,18 @@ class Session:
                 )
             else:
                 return  # later, when the run has lasted longer
-        self._decide(choice.plan(), choice.chosen)
+        self._conclude()
+
+    def _conclude(self) -> None:
+        """Take what the choice has come to, and keep it for later runs."""
+        assert self._choice is not None
+        plan, chosen = self._choice.plan(), self._choice.chosen
+        if self.key is not None:
+            kept = plan_cache.Kept(
+                plan=plan, is_whole=self._choice.is_whole, steps=self._steps_at_choice
+            )
+            plan_cache.store(self.key, kept)
+        self._decide(plan, chosen)
 
     def _only_together(self, choice: Choice) -> bool:
         """Whether the run can afford what helps together as one trial but not one by one."""
@@ -339,28 +353,20 @@ class Session:
 
     def _stop_trying(self, reason: str) -> None:
         if self._choice is None:
-            self._decide(unplanned(reason), is_final=False)
+            self._decide(unplanned(reason))
             return
         self._choice.skip(reason)
-        self._decide(self._choice.plan(), self._choice.chosen, is_final=False)
+        self._conclude()
 
     # --- in force ---
 
-    def _decide(
-        self,
-        plan: Plan,
-        candidates: Any = (),
-        *,
-        must: bool = False,
-        is_final: bool = True,
-    ) -> None:
+    def _decide(self, plan: Plan, candidates: Any = (), *, must: bool = False) -> None:
         """Put ``candidates`` in force on the run itself and get out of its way.
 
         Args:
             plan: What to report.
             candidates: The chosen ones.
             must: They are the user's own wish: an error where one cannot work.
-            is_final: Nothing was left untried for want of time: worth keeping.
         """
         trainer = self._trainer
         batch = self._batches[-1][0] if self._batches else None
@@ -369,8 +375,6 @@ class Session:
             self._choice = None
         self._unwatch()
         self.plan = plan
-        if self.key is not None and is_final:
-            plan_cache.store(self.key, plan)
         if not candidates:
             return
         scene = self._scene(batch)
@@ -417,7 +421,7 @@ class Session:
         self._undo()
         self.plan = self.plan.without(dict.fromkeys(chosen, reason))
         if self.key is not None:
-            plan_cache.store(self.key, self.plan)
+            plan_cache.store(self.key, plan_cache.Kept(plan=self.plan))
         warnings.warn(
             f"Under the training plan ({', '.join(chosen)}) {reason}.",
             RuntimeWarning,

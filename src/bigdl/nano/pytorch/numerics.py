@@ -139,7 +139,7 @@ def _has_bf16(device: torch.device) -> bool:
     if device.type == "cpu":
         return bool(machine.isa() & {"avx512_bf16", "amx_bf16", "bf16"})
     if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     return False
 
 

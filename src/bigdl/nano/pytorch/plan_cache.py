@@ -12,6 +12,7 @@ import os
 import platform
 import tempfile
 from contextlib import suppress
+from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +21,7 @@ from torch.utils import _pytree as pytree
 
 from bigdl import __version__
 from bigdl._base import machine
-from bigdl._base.errors import ConfigError
+from bigdl._base.errors import ArgumentError, ConfigError
 from bigdl.nano.pytorch.plan import Plan
 
 if TYPE_CHECKING:
@@ -29,9 +30,30 @@ if TYPE_CHECKING:
 
     from bigdl.nano.pytorch.guard import Guard
 
-__all__ = ["key", "load", "store"]
+__all__ = ["Kept", "key", "load", "store"]
 
 _log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Kept:
+    """A plan as it is kept.
+
+    Args:
+        plan: The plan.
+        is_whole: Nothing was left untried because that run was too short for it.
+        steps: Steps that the run had left when it chose, None if unknown.
+    """
+
+    plan: Plan
+    is_whole: bool = True
+    steps: int | None = None
+
+    def serves(self, steps: int | None) -> bool:
+        """Whether a run of so many steps would find no more than this plan did."""
+        if self.is_whole:
+            return True
+        return steps is not None and self.steps is not None and steps <= 2 * self.steps
 
 
 def key(
@@ -53,7 +75,7 @@ def key(
     facts = [
         [_words(one) for one in module.named_modules()],
         [
-            (name, tuple(p.shape), str(p.dtype), p.requires_grad, str(p.device))
+            (name, _shape(p), str(p.dtype), p.requires_grad, str(p.device))
             for name, p in module.named_parameters()
         ],
         [_optimizer_words(one) for one in optimizers],
@@ -86,6 +108,11 @@ def _optimizer_words(optimizer: torch.optim.Optimizer) -> tuple[Any, ...]:
     return type(optimizer).__qualname__, flags
 
 
+def _shape(parameter: torch.nn.Parameter) -> Any:
+    is_lazy = isinstance(parameter, torch.nn.parameter.UninitializedParameter)
+    return "not known yet" if is_lazy else tuple(parameter.shape)
+
+
 def _leaf_words(leaf: Any) -> Any:
     if isinstance(leaf, torch.Tensor):
         return tuple(leaf.shape), str(leaf.dtype), str(leaf.device)
@@ -115,26 +142,35 @@ def _file(key: str) -> Path:
     return machine.cache_dir() / "plans" / f"{key}.json"
 
 
-def load(key: str) -> Plan | None:
-    """The plan kept under ``key``, if there is a whole one."""
+def load(key: str) -> Kept | None:
+    """What is kept under ``key``, if it is undamaged."""
     try:
-        return Plan.from_json(_file(key).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError):
+        stored = json.loads(_file(key).read_text(encoding="utf-8"))
+        if not isinstance(stored, dict) or set(stored) != {"plan", "is_whole", "steps"}:
+            raise ConfigError("it is of another form")
+        steps, is_whole = stored["steps"], stored["is_whole"]
+        if not isinstance(is_whole, bool) or not isinstance(steps, (int, type(None))):
+            raise ConfigError("it is of another form")
+        return Kept(plan=Plan.from_json(stored["plan"]), is_whole=is_whole, steps=steps)
+    except OSError:
         return None
-    except ConfigError as exc:
+    except (UnicodeDecodeError, json.JSONDecodeError, ConfigError, ArgumentError) as exc:
         _log.info("a plan in the cache cannot be used and is made anew: %s", exc)
         return None
 
 
-def store(key: str, plan: Plan) -> None:
-    """Keep ``plan`` under ``key``; a cache that cannot be written is no error."""
+def store(key: str, kept: Kept) -> None:
+    """Keep a plan under ``key``; a cache that cannot be written is no error."""
+    text = json.dumps(
+        {"plan": kept.plan.to_json(), "is_whole": kept.is_whole, "steps": kept.steps}
+    )
     file = _file(key)
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(dir=file.parent, suffix=".part")
         try:
             with os.fdopen(handle, "w", encoding="utf-8") as part:
-                part.write(plan.to_json())
+                part.write(text)
             os.replace(name, file)  # whole or not at all, also for a run beside this one
         except BaseException:
             with suppress(OSError):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import warnings
 from typing import TYPE_CHECKING, Any, Literal
 
 from bigdl._base.calls import answers
@@ -15,6 +16,7 @@ from bigdl.nano.pytorch.inference import InferenceOptimizer
 from bigdl.nano.pytorch.lightning_host import part, pl
 from bigdl.nano.pytorch.lightning_resume import install
 from bigdl.nano.pytorch.lightning_session import Session
+from bigdl.nano.pytorch.module import CompiledModule, compiled
 from bigdl.nano.pytorch.onnx_mode import add_onnx_mode
 from bigdl.nano.pytorch.plan import Plan
 from bigdl.nano.pytorch.trainer_names import LATER, TRAINER
@@ -24,11 +26,11 @@ if TYPE_CHECKING:
 
 __all__ = ["Trainer"]
 
-_StockTrainer = pl.Trainer
+_StockTrainer: Any = pl.Trainer
 _defaults_from_env_vars = part("utilities.argparse:_defaults_from_env_vars")
 
 
-class Trainer(_StockTrainer):  # type: ignore[misc,valid-type]
+class Trainer(_StockTrainer):  # type: ignore[misc]
     """Lightning's Trainer: every argument of Lightning's, and two more.
 
     With ``acceleration="auto"`` the first steps of ``fit`` are timed, faster forms of the step
@@ -70,6 +72,14 @@ class Trainer(_StockTrainer):  # type: ignore[misc,valid-type]
     def plan(self) -> Plan | None:
         """What the last ``fit`` tried and chose; None before, and until it has decided."""
         return self._plan if self._session is None else self._session.plan
+
+    def _run(self, model: Any, *args: Any, **kwargs: Any) -> Any:
+        if not isinstance(model, CompiledModule):
+            return super()._run(model, *args, **kwargs)
+        with warnings.catch_warnings():
+            # its steps are ours: nobody forgot a loader for one
+            warnings.filterwarnings("ignore", "You defined a `validation_step` but have no")
+            return super()._run(model, *args, **kwargs)
 
     def _run_stage(self) -> Any:
         if not self.training:
@@ -130,8 +140,6 @@ class Trainer(_StockTrainer):  # type: ignore[misc,valid-type]
             ConfigError: The optimizer holds none of the model's parameters, or the scheduler
                 is not one of this optimizer.
         """
-        from bigdl.nano.pytorch.module import compiled
-
         return compiled(model, loss, optimizer, scheduler, metrics)
 
     trace = staticmethod(InferenceOptimizer.trace)
