@@ -229,6 +229,7 @@ def test_large_files_are_decoded_small_and_sizes_follow_the_true_size(
         ((4096, 4096), 256, 8),
         ((9000, 9000), 256, 8),
         ((1024, 400), (200, 128), 1),
+        ((1024, 1024), (256, 1024), 1),
         ((500, 375), 256, 1),
         ((500, 375), 600, 1),
     ],
@@ -321,9 +322,14 @@ def _formats(photo: Image.Image) -> dict[str, bytes]:
 FORMATS = list(_formats(Image.new("RGB", (8, 8))))
 
 
+@pytest.fixture(scope="session")
+def formats(photo) -> dict[str, bytes]:
+    return _formats(photo)
+
+
 @pytest.mark.parametrize("name", FORMATS)
-def test_formats(tmp_path, photo, decoder, name):
-    write(tmp_path, f"a/{name}", _formats(photo)[name])
+def test_formats(tmp_path, formats, decoder, name):
+    write(tmp_path, f"a/{name}", formats[name])
     for make, limit in (
         (lambda m: None, 0),
         (lambda m: m.Compose([m.ToTensor()]), 0),
@@ -339,8 +345,7 @@ def test_formats(tmp_path, photo, decoder, name):
 # --- files that cannot be read ----------------------------------------------------------------
 
 
-def _corrupt(photo: Image.Image) -> dict[str, bytes]:
-    good = _formats(photo)
+def _corrupt(good: dict[str, bytes]) -> dict[str, bytes]:
     plain, png = good["plain.jpg"], good["plain.png"]
     return {
         "empty.jpg": b"",
@@ -359,12 +364,12 @@ def _corrupt(photo: Image.Image) -> dict[str, bytes]:
     }
 
 
-CORRUPT = list(_corrupt(Image.new("RGB", (8, 8))))
+CORRUPT = list(_corrupt(_formats(Image.new("RGB", (8, 8)))))
 
 
 @pytest.mark.parametrize("name", CORRUPT)
-def test_corrupt_files(tmp_path, photo, decoder, capfd, name):
-    path = write(tmp_path, f"a/{name}", _corrupt(photo)[name])
+def test_corrupt_files(tmp_path, formats, decoder, capfd, name):
+    path = write(tmp_path, f"a/{name}", _corrupt(formats)[name])
     with pytest.raises((OSError, SyntaxError)):
         theirs.ImageFolder(tmp_path)[0]
     for transform in (
@@ -419,8 +424,8 @@ def test_accepts_what_pillow_accepts(tmp_path, photo, where):
     assert min(judged["refused"], judged["accepted"]) > 20
 
 
-def test_truncated_files_where_the_user_lets_pillow_load_them(tmp_path, photo, monkeypatch):
-    write(tmp_path, "a/0.jpg", _corrupt(photo)["half.jpg"])
+def test_truncated_files_where_the_user_lets_pillow_load_them(tmp_path, formats, monkeypatch):
+    write(tmp_path, "a/0.jpg", _corrupt(formats)["half.jpg"])
     monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", True)
     items = ImageFolder(tmp_path, transform=transforms.CenterCrop(100), on_error="skip")
     other = theirs.ImageFolder(tmp_path, transform=their_transforms.CenterCrop(100))
@@ -511,8 +516,16 @@ def test_through_wrappers_and_samplers(damaged):
     assert items.skipped == bad
 
 
-@pytest.mark.parametrize("context", ["fork", "spawn"])
-@pytest.mark.parametrize("persistent", [False, True])
+@pytest.mark.parametrize(
+    ("context", "persistent"),
+    [
+        ("fork", False),
+        ("fork", True),
+        ("spawn", True),
+        pytest.param("spawn", False, marks=pytest.mark.slow),
+        pytest.param("forkserver", True, marks=pytest.mark.slow),
+    ],
+)
 def test_workers_tell_what_they_left_out(damaged, context, persistent):
     root, bad = damaged
     items = ImageFolder(root, transform=SMALL, on_error="skip")
@@ -666,24 +679,24 @@ def test_no_file_is_left_open(damaged, decoder):
     assert set(os.listdir("/dev/shm")) <= shared
 
 
-def test_workers_give_what_this_process_gives(folder):
+@pytest.mark.parametrize("context", ["fork", pytest.param("spawn", marks=pytest.mark.slow)])
+def test_workers_give_what_torchvisions_give(folder, context):
     items = ImageFolder(folder, transform=figure_2(transforms))
     other = theirs.ImageFolder(folder, transform=figure_2(their_transforms))
-    for context in ("fork", "spawn"):
-        batches = []
-        for data in (items, other):
-            loader = DataLoader(
-                data,
-                batch_size=2,
-                shuffle=True,
-                num_workers=2,
-                multiprocessing_context=context,
-                generator=torch.Generator().manual_seed(3),
-            )
-            batches.append([*loader])
-        for (mine, labels), (expected, expected_labels) in zip(*batches, strict=True):
-            assert torch.equal(labels, expected_labels)
-            assert difference(mine, expected) <= TOLERANCE
+    batches = []
+    for data in (items, other):
+        loader = DataLoader(
+            data,
+            batch_size=2,
+            shuffle=True,
+            num_workers=2,
+            multiprocessing_context=context,
+            generator=torch.Generator().manual_seed(3),
+        )
+        batches.append([*loader])
+    for (mine, labels), (expected, expected_labels) in zip(*batches, strict=True):
+        assert torch.equal(labels, expected_labels)
+        assert difference(mine, expected) <= TOLERANCE
 
 
 def test_forked_workers_after_opencv_used_its_threads(folder):

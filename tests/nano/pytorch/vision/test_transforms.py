@@ -166,14 +166,14 @@ def test_one_in_a_pipeline(name, photo, noise):
 
 @pytest.mark.parametrize("name", TRANSFORMS)
 @pytest.mark.parametrize("mode", ["L", "P", "RGBA", "CMYK", "I;16", "1", "F", "LA"])
-def test_other_modes_are_left_to_torchvision(name, mode, noise):
+def test_other_modes_are_torchvisions_alone(name, mode, noise):
     make, _ = TRANSFORMS[name]
     image = (
         Image.fromarray(np.arange(300, dtype=np.uint16).reshape(15, 20))
         if mode == "I;16"
         else (noise.convert(mode))
     )
-    image = image.resize((110, 103), Image.Resampling.NEAREST)
+    image = image.resize((64, 53), Image.Resampling.NEAREST)
     outcomes: list[object] = []
     for module in (ours, theirs):
         seed(0)
@@ -246,6 +246,14 @@ PIPELINES = {
         m.RandomOrder([m.RandomCrop(180), m.RandomHorizontalFlip(1.0)]),
         m.RandomRotation(10),
         m.CenterCrop(128),
+        m.ToTensor(),
+    ],
+    "one axis at a time": lambda m: [
+        m.Resize((100, 500)),
+        m.CenterCrop((90, 350)),
+        m.Resize((90, 120), 3),
+        m.RandomCrop((64, 64)),
+        m.Resize((200, 64)),
         m.ToTensor(),
     ],
     "flips": lambda m: [
@@ -347,12 +355,57 @@ def test_images_that_come_out_share_nothing_with_what_went_in(photo):
     assert photo.tobytes() == before
 
 
-def test_an_array_of_the_default_type(photo):
-    torch.set_default_dtype(torch.float64)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
+def test_tensors_have_the_default_type(photo, dtype):
+    torch.set_default_dtype(dtype)
     try:
         compare(lambda m: m.Compose([m.CenterCrop(9), m.ToTensor()]), photo, exact=True)
+        compare(lambda m: m.Compose([m.CenterCrop(9), *_last(m)]), photo, exact=True)
     finally:
         torch.set_default_dtype(torch.float32)
+
+
+@pytest.mark.parametrize("size", [9, 520])  # from 512 x 512 on OpenCV would use threads
+@pytest.mark.parametrize(
+    "normalize",
+    [
+        lambda m: [],
+        lambda m: [m.Normalize(*IMAGENET)],
+        lambda m: [m.Normalize(0.5, 0.25)],
+        lambda m: [m.Normalize([0.5], (0.25,))],
+        lambda m: [m.Normalize(torch.tensor(IMAGENET[0]), np.array(IMAGENET[1]))],
+        lambda m: [m.Normalize([0, 0, 0], [1, 1, 1]), m.Normalize(*IMAGENET)],
+        lambda m: [m.Normalize(*IMAGENET), m.ConvertImageDtype(torch.float64)],
+    ],
+)
+def test_looked_up_values_are_the_computed_ones(noise, decoder, size, normalize):
+    image = noise.resize((530, 530))
+    compare(
+        lambda m: m.Compose([m.CenterCrop(size), m.ToTensor(), *normalize(m)]),
+        image,
+        exact=True,
+        seeds=range(1),
+    )
+
+
+def test_normalizing_uses_the_numbers_of_the_moment(photo):
+    normalize = ours.Normalize([0.1, 0.2, 0.3], [1.0, 1.0, 1.0])
+    pipeline = ours.Compose([ours.ToTensor(), normalize])
+    before = pipeline(photo)
+    normalize.mean = [0.2, 0.3, 0.4]
+    torch.testing.assert_close(pipeline(photo), before - 0.1)
+    pipeline(photo).zero_()  # what comes out is the caller's
+    torch.testing.assert_close(pipeline(photo), before - 0.1)
+
+
+def test_a_normalize_that_does_not_fit_is_refused_as_by_torchvision(photo):
+    for numbers in (([0.5] * 4, [1] * 4), ([0.5] * 2, [1] * 2)):
+        texts = []
+        for module in (ours, theirs):
+            with pytest.raises(RuntimeError) as caught:
+                module.Compose([module.ToTensor(), module.Normalize(*numbers)])(photo)
+            texts.append(type(caught.value))
+        assert texts[0] is texts[1]
 
 
 def test_a_subclass_is_called_as_it_is(photo):

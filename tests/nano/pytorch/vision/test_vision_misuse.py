@@ -70,6 +70,8 @@ MISUSES = {
     ),
     "ColorJitter(hue=2)": (lambda: t.ColorJitter(hue=2), ValueError, r"hue"),
     "ColorJitter('x')": (lambda: t.ColorJitter("x"), TypeError, r"brightness"),
+    "Normalize('x', 1)": (lambda: t.Normalize("x", 1), TypeError, r"needs numbers.*'x'"),
+    "Normalize([None], [1])": (lambda: t.Normalize([None], [1]), TypeError, r"needs numbers"),
     "ToTensor(1)": (lambda: t.ToTensor(1), TypeError, r"too many positional"),
     "ToTensor()(3)": (lambda: t.ToTensor()(3), TypeError, r"PIL Image or ndarray"),
     "Compose(3)": (lambda: t.Compose(3), TypeError, r"a list of callables"),

@@ -17,7 +17,7 @@ from torchvision.transforms import Compose as TorchvisionCompose
 from bigdl._base import machine
 from bigdl._base.errors import ImageError
 from bigdl.nano.pytorch.vision import checks
-from bigdl.nano.pytorch.vision.decoding import decode, open_source
+from bigdl.nano.pytorch.vision.decoding import decode, open_source, opencv
 from bigdl.nano.pytorch.vision.left_out import LeftOut
 from bigdl.nano.pytorch.vision.picture import Picture
 from bigdl.nano.pytorch.vision.pipeline import run_to_end, starts_fast
@@ -89,6 +89,7 @@ class ImageFolder(folder.ImageFolder):
             is_valid_file=is_valid_file,
             allow_empty=allow_empty,
         )
+        opencv()  # imported here once, instead of in each forked worker
         self.on_error = on_error
         self._refused: list[str] = []
         if on_error == "skip" and not self._reads_by_itself():

@@ -67,6 +67,8 @@ class Picture:
         return self._columns.length
 
     def resize(self, height: int, width: int, kind: Filter) -> Picture:
+        if (height, width) == (self.height, self.width):
+            return self
         # Flips commute with a resize, so they stay noted and are done on the smaller picture.
         return self._with(self._rows.resize(height, kind), self._columns.resize(width, kind))
 
@@ -91,7 +93,7 @@ class Picture:
         """The picture as a PIL image; the very image it was made of if nothing happened to it."""
         rows, columns = self._rows, self._columns
         turned = self._mirrored or self._upside_down
-        if not (rows.resizes or columns.resizes or turned):
+        if not (rows.resizes or turned):
             window = Box(rows.start, columns.start, rows.length, columns.length)
             return self._source.image(window)
         return as_image(self.pixels(), self._source.info())

@@ -64,10 +64,8 @@ class Axis(NamedTuple):
         )
 
     def resize(self, length: int, kind: Filter) -> Axis:
-        now = self.length
-        if length == now:
-            return self
-        return Axis(self.start, self.stop, (*self.resizes, Resize(now, length, kind, 0, length)))
+        done = Resize(self.length, length, kind, 0, length)
+        return Axis(self.start, self.stop, (*self.resizes, done))
 
 
 def flip(pixels: NDArray[np.uint8], *, mirrored: bool, upside_down: bool) -> NDArray[np.uint8]:
@@ -90,9 +88,7 @@ def render(source: Source, rows: Axis, columns: Axis) -> NDArray[np.uint8]:
     """
     window = Box(rows.start, columns.start, rows.stop - rows.start, columns.stop - columns.start)
     vertical, horizontal = rows.resizes, columns.resizes
-    scale = 1
-    if vertical and horizontal:
-        scale = _decode_scale(source, window, vertical[0].grid, horizontal[0].grid)
+    scale = _decode_scale(source, window, vertical[0], horizontal[0]) if vertical else 1
     if scale == 1:
         pixels = source.pixels(window)
     elif window == Box(0, 0, source.height, source.width):
@@ -109,9 +105,10 @@ def render(source: Source, rows: Axis, columns: Axis) -> NDArray[np.uint8]:
     return _resize_axis(_resize_columns(pixels, horizontal), vertical, axis=0)
 
 
-def _decode_scale(source: Source, window: Box, height: int, width: int) -> int:
+def _decode_scale(source: Source, window: Box, vertical: Resize, horizontal: Resize) -> int:
     for scale in source.scales():
-        if -(-window.height // scale) >= 2 * height and -(-window.width // scale) >= 2 * width:
+        rows, columns = -(-window.height // scale), -(-window.width // scale)
+        if rows >= 2 * vertical.grid and columns >= 2 * horizontal.grid:
             return scale
     return 1
 
@@ -131,6 +128,9 @@ def _resize_axis(
     pixels: NDArray[np.uint8], resizes: tuple[Resize, ...], *, axis: int
 ) -> NDArray[np.uint8]:
     for size, grid, kind, start, stop in resizes:
+        if grid == size:  # only the other axis changes
+            pixels = pixels[:, start:stop] if axis else pixels[start:stop]
+            continue
         # Only rows can be left out at the end without a copy.
         present = pixels.shape[axis]
         needed = present if axis else _needed(stop, size, grid, kind, present)
