@@ -8,7 +8,7 @@ import pytest
 
 from bigdl._base.collective import connect
 from bigdl._base.collective.shared import SharedMemory
-from bigdl.testing.collective import CollectiveContract, GangContract
+from bigdl.testing.collective import CheckedContract, CollectiveContract
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="worker processes, /proc")
 
@@ -21,7 +21,7 @@ class TestAlone(CollectiveContract):
         return connect(gang)
 
 
-class TestSharedMemory(GangContract):
+class TestSharedMemory(CheckedContract):
     @staticmethod
     def connect(gang):
         return connect(gang, kind="shared")
@@ -31,7 +31,7 @@ class TestSharedMemory(GangContract):
         return connect(gang, kind="shared", timeout_s=2)
 
 
-class TestSharedMemoryByMessage(GangContract):
+class TestSharedMemoryByMessage(CheckedContract):
     @staticmethod
     def connect(gang):
         return SharedMemory(gang, by_message=True)
@@ -41,7 +41,7 @@ class TestSharedMemoryByMessage(GangContract):
         return SharedMemory(gang, by_message=True, timeout_s=2)
 
 
-class TestTcp(GangContract):
+class TestTcp(CheckedContract):
     @staticmethod
     def connect(gang):
         return connect(gang, kind="tcp")
@@ -51,7 +51,7 @@ class TestTcp(GangContract):
         return connect(gang, kind="tcp", timeout_s=2)
 
 
-class TestHierarchical(GangContract):
+class TestHierarchical(CheckedContract):
     """Two hosts on one machine; their workers are no neighbours."""
 
     def hosts(self, world):

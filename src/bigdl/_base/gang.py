@@ -145,7 +145,8 @@ class Gang:
         self._failure: Failure | None = None
         self._answers: dict[int, bytes] = {}
         self._asked = 0
-        self._shares = 0
+        #: How often it has shared: the same number on all workers.
+        self.shares = 0
         self._closed = False
         self._sending = threading.Lock()
         self._asking = threading.RLock()
@@ -266,8 +267,8 @@ class Gang:
 
     def share(self, value: bytes, *, timeout_s: float | None = None) -> list[bytes]:
         """Every worker's ``value``, by rank. All workers have to call it, in the same order."""
-        self._shares += 1
-        stem = f"share/{self._shares}/"
+        self.shares += 1
+        stem = f"share/{self.shares}/"
         self.put(f"{stem}{self.rank}", value, reads=self.world)
         return self.get([f"{stem}{rank}" for rank in range(self.world)], timeout_s=timeout_s)
 

@@ -12,30 +12,13 @@ meeting a step is enough.
 
 from __future__ import annotations
 
-import json
-import os
-import secrets
-import socket
-import struct
-import sys
-import time
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from bigdl._base.collective.arithmetic import BLOCK, add_in_order, split
 from bigdl._base.collective.base import Collective, Compress
-from bigdl._base.collective.links import accept_all, reach
-from bigdl._base.collective.segment import Segment
-from bigdl._base.collective.waiting import (
-    FlagMeeting,
-    Meeting,
-    MessageMeeting,
-    has_flags,
-    table_bytes,
-)
-from bigdl._base.errors import ConfigError
-from bigdl._base.machine import core_ids, cores
+from bigdl._base.collective.room import NOWHERE, NoSharedMemoryError, Place, Room
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -46,25 +29,13 @@ if TYPE_CHECKING:
 
 __all__ = ["NoSharedMemoryError", "SharedMemory"]
 
-_PAGE = 4096
 #: Largest piece that a worker adds up in a step; smaller where many workers need many boxes.
-_PIECE_BYTES = 1 << 18
+_PIECE_BYTES = 1 << 20
 _PIECE_LEAST_BYTES = 1 << 14
 _BOXES_BYTES = 1 << 26
 #: While all workers' arrays are smaller than this, each adds up everything: more additions,
 #: but half the meetings.
 _SMALL_BYTES = 1 << 18
-
-# What a worker says when it comes to a call: call, dtype, elements, segment and offset (-1 =
-# passes through the box), root.
-_CARD = struct.Struct("=IIQqqq")
-_CARD_BYTES = 64
-_CALLS = ("all_reduce", "reduce_scatter", "all_gather", "broadcast", "barrier", "buffer")
-_BOXED = (-1, 0)
-
-
-class NoSharedMemoryError(ConfigError):
-    """This system has no memory that can be handed over without a name."""
 
 
 class SharedMemory(Collective):
@@ -90,23 +61,16 @@ class SharedMemory(Collective):
         by_message: bool = False,
     ) -> None:
         super().__init__(gang, group or tuple(range(gang.world)), timeout_s=timeout_s)
-        self._gang: Gang = gang
         self._owners = owners or self.world
         self._piece_bytes = min(
             _PIECE_BYTES,
             max(_PIECE_LEAST_BYTES, _BOXES_BYTES // (2 * self.world * self._owners)),
         )
-        self._uses_flags = has_flags() and not by_message
-        self._links: dict[int, socket.socket] = {}
-        self._segments: list[Segment] = []
-        try:
-            self._connect()
-        except BaseException:
-            self.close()
-            raise
+        self._boxes_bytes = 2 * self.world * self._owners * self._piece_bytes
+        size = self._boxes_bytes + 2 * self._owners * self._piece_bytes
+        self._room = Room(gang, self._group, size, timeout_s=timeout_s, by_message=by_message)
         self._box_turn = 0
         self._sum_turn = 0
-        self._card_turn = 0
         self._areas: dict[np.dtype[Any], tuple[NDArray[Any], NDArray[Any]]] = {}
         self._spares: dict[np.dtype[Any], NDArray[Any]] = {}
 
@@ -114,144 +78,28 @@ class SharedMemory(Collective):
         own = split(n, self._owners)
         return own + [slice(n, n)] * (self.world - self._owners)
 
-    # --- setting up ---
-
-    def _connect(self) -> None:
-        deadline = None if self._timeout_s is None else time.monotonic() + self._timeout_s
-        first = self._group[0]
-        place, door = self._open() if self.rank == 0 else (None, None)
-        try:
-            said = self._gang.share(json.dumps([place, core_ids(), cores()]).encode())
-            cards = [json.loads(text) for text in said]
-            if any(place == "" for place, _, _ in cards):
-                raise NoSharedMemoryError(
-                    "This system cannot hand memory over without a name (that takes Linux)."
-                )
-            if door is not None:
-                self._links = accept_all(self._gang, door, self._group[1:], deadline)
-            else:
-                at = f"\0{cards[first][0]}"
-                self._links = {first: reach(self._gang, first, socket.AF_UNIX, at, deadline)}
-        finally:
-            if door is not None:
-                door.close()
-        owners, world, piece = self._owners, self.world, self._piece_bytes
-        self._cards_at = _pages(table_bytes(world))
-        self._boxes_at = self._cards_at + _pages(2 * world * _CARD_BYTES)
-        self._sums_at = self._boxes_at + 2 * world * owners * piece
-        size = self._sums_at + 2 * owners * piece
-        segment = Segment.between(self._gang, self._links, self.rank == 0, size, deadline)
-        self._segments.append(segment)
-        self._memory = memoryview(segment.map)
-        self._meeting = self._make_meeting([cards[rank] for rank in self._group])
-
-    def _open(self) -> tuple[str, socket.socket | None]:
-        """Listen under a random name that only lives in the kernel; "" if that cannot be."""
-        if sys.platform != "linux" or not hasattr(os, "memfd_create"):
-            return "", None
-        name = f"bigdl-{self._gang.ticket.mark}-{secrets.token_hex(8)}"
-        door = socket.socket(socket.AF_UNIX)
-        try:
-            door.bind(f"\0{name}")
-            door.listen(self.world)
-        except OSError:
-            door.close()
-            return "", None
-        return name, door
-
-    def _make_meeting(self, cards: Sequence[tuple[str, list[int], int]]) -> Meeting:
-        if not self._uses_flags:
-            return MessageMeeting(self._gang, self._group, self._links, timeout_s=self._timeout_s)
-        together = len(set().union(*(ids for _, ids, _ in cards)))
-        # a quota on the time of cores, which holds for all, is seen by each as fewer cores
-        quotas = [usable for _, ids, usable in cards if usable < len(ids)]
-        return FlagMeeting(
-            self._gang,
-            self._group,
-            self._memory[: table_bytes(self.world)],
-            timeout_s=self._timeout_s,
-            is_crowded=min([together, *quotas]) < self.world,
-        )
-
     def close(self) -> None:
         super().close()
-        for link in self._links.values():
-            link.close()
-        self._links = {}
-        if hasattr(self, "_meeting"):
-            self._meeting.close()
-            del self._meeting
-        if hasattr(self, "_memory"):
-            self._areas = {}
-            self._memory.release()
-            del self._memory
-        for segment in self._segments:
-            segment.close()
-        self._segments = []
-
-    # --- coming to a call ---
-
-    def _place(self, flat: NDArray[Any]) -> tuple[int, int]:
-        """(segment, offset in this worker's part of it) if ``flat`` lives in a buffer."""
-        if len(self._segments) > 1:
-            address = flat.__array_interface__["data"][0]
-            for number, segment in enumerate(self._segments[1:], 1):
-                offset = address - segment.base - self.rank * segment.stride
-                if offset >= 0 and offset + flat.nbytes <= segment.stride:
-                    return number, offset
-        return _BOXED
-
-    def _enter(
-        self, call: str, flat: NDArray[Any] | None, place: tuple[int, int], root: int = -1
-    ) -> bool:
-        """Meet the others; whether all have come with the same card.
-
-        Raises:
-            ConfigError: Another worker is in another call, or has another array.
-        """
-        self._card_turn ^= 1
-        kind = 0 if flat is None else flat.itemsize << 8 | ord(flat.dtype.char)
-        size = 0 if flat is None else flat.size
-        mine = _CARD.pack(_CALLS.index(call), kind, size, *place, root)
-        start = self._cards_at + self._card_turn * self.world * _CARD_BYTES
-        at = start + self.rank * _CARD_BYTES
-        memory = self._memory
-        memory[at : at + _CARD.size] = mine
-        self._meeting.meet(self._doing)
-        for at in range(start, start + self.world * _CARD_BYTES, _CARD_BYTES):
-            if memory[at : at + _CARD.size] != mine:
-                break
-        else:
-            return True
-        cards = [
-            _CARD.unpack_from(memory, start + rank * _CARD_BYTES) for rank in range(self.world)
-        ]
-        for rank, card in enumerate(cards):
-            if card[:3] != cards[0][:3] or card[5] != cards[0][5]:
-                raise ConfigError(
-                    "Workers do not do the same: "
-                    f"worker {self._group[0]} does {_said(cards[0])}, "
-                    f"worker {self._group[rank]} {_said(card)}."
-                )
-        return False
+        self._areas = {}
+        self._room.close()
 
     def _begin(
         self, call: str, flat: NDArray[Any], put_in: Callable[[], None], root: int = -1
-    ) -> tuple[int, int]:
+    ) -> Place:
         """Come to a call on ``flat``; where it is worked on: in a buffer, or boxed.
 
         ``put_in`` puts this worker's first numbers into its box; it is called at once if they
         have to go there, and later if they have to because of another worker.
         """
-        place = self._place(flat)
-        if place == _BOXED:
+        place = self._room.place(flat)
+        if place == NOWHERE:
             put_in()
-        if self._enter(call, flat, place, root):
+        if self._room.enter(call, flat, place, root):
             return place
-        if place != _BOXED:
+        if place != NOWHERE:
             put_in()
-        self._meeting.meet(self._doing)
-        return _BOXED
+        self._room.meet(self._doing)
+        return NOWHERE
 
     # --- memory ---
 
@@ -262,10 +110,11 @@ class SharedMemory(Collective):
             many = self._piece_bytes // dtype.itemsize
             boxes = (2, self.world, self._owners, many)
             sums = (2, self._owners, many)
-            memory = self._segments[0].map
+            memory, at = self._room.memory, self._room.base
+            end = at + self._boxes_bytes
             found = self._areas[dtype] = (
-                np.frombuffer(memory, dtype, int(np.prod(boxes)), self._boxes_at).reshape(boxes),
-                np.frombuffer(memory, dtype, int(np.prod(sums)), self._sums_at).reshape(sums),
+                np.frombuffer(memory, dtype, int(np.prod(boxes)), at).reshape(boxes),
+                np.frombuffer(memory, dtype, int(np.prod(sums)), end).reshape(sums),
             )
         return found
 
@@ -288,25 +137,6 @@ class SharedMemory(Collective):
             for done in range(0, max(longest, 1), many)
         ]
 
-    def _buffer(self, nbytes: int) -> NDArray[np.uint8]:
-        self._enter("buffer", None, _BOXED, nbytes)
-        if nbytes == 0:
-            return np.zeros(0, np.uint8)
-        stride = _pages(nbytes)
-        first = self.rank == 0
-        size = stride * self.world
-        segment = Segment.between(self._gang, self._links, first, size, None, stride=stride)
-        self._segments.append(segment)
-        return np.frombuffer(segment.map, np.uint8, nbytes, self.rank * stride)
-
-    def _seats(self, flat: NDArray[Any], place: tuple[int, int]) -> list[NDArray[Any]]:
-        """Every worker's array, where it lives in a buffer."""
-        segment = self._segments[place[0]]
-        return [
-            np.frombuffer(segment.map, flat.dtype, flat.size, rank * segment.stride + place[1])
-            for rank in range(self.world)
-        ]
-
     # --- sums ---
 
     def _all_reduce(self, flat: NDArray[Any], compress: Compress) -> None:
@@ -315,7 +145,7 @@ class SharedMemory(Collective):
             return
         pieces = self._pieces(flat.size, flat.itemsize)
         place = self._begin("all_reduce", flat, lambda: self._put_in(flat, pieces[0]))
-        if place != _BOXED:
+        if place != NOWHERE:
             self._reduce_in_place(flat, place, is_for_all=True)
             return
         for step, piece in enumerate(pieces):
@@ -324,34 +154,28 @@ class SharedMemory(Collective):
                 self._put_in(flat, pieces[step + 1])
             if step > 0:
                 self._take_out(flat, pieces[step - 1], ago=1)
-            self._meeting.meet(self._doing)
+            self._room.meet(self._doing)
         self._take_out(flat, pieces[-1])
 
     def _all_reduce_small(self, flat: NDArray[Any]) -> None:
-        """Every worker adds up everything: one meeting, unless it is in a buffer."""
-        n = flat.size
-        boxes = self._area(flat.dtype)[0].reshape(2, self.world, -1)
-
-        def put_in() -> None:
-            self._box_turn ^= 1
-            boxes[self._box_turn, self.rank, :n] = flat
-
-        place = self._begin("all_reduce", flat, put_in)
-        if place != _BOXED:
-            self._reduce_in_place(flat, place, is_for_all=True)
-            return
+        """Every worker adds up everything: one meeting, and quicker than in a buffer, too."""
+        boxes = self._area(flat.dtype)[0].reshape(2, self.world, -1)[:, :, : flat.size]
+        self._box_turn ^= 1
+        terms = boxes[self._box_turn]
+        terms[self.rank] = flat
+        self._room.enter("all_reduce", flat, NOWHERE)
         with np.errstate(over="ignore", invalid="ignore"):
-            add_in_order(list(boxes[self._box_turn, :, :n]), flat)
+            add_in_order(terms, flat)
 
     def _reduce_scatter(self, flat: NDArray[Any], compress: Compress) -> None:
         pieces = self._pieces(flat.size, flat.itemsize)
         place = self._begin("reduce_scatter", flat, lambda: self._put_in(flat, pieces[0]))
-        if place != _BOXED:
+        if place != NOWHERE:
             self._reduce_in_place(flat, place, is_for_all=False)
             return
         for step, piece in enumerate(pieces):
             if step > 0:
-                self._meeting.meet(self._doing)
+                self._room.meet(self._doing)
             self._reduce_boxed(flat, piece, is_for_all=False)
             if step + 1 < len(pieces):
                 self._put_in(flat, pieces[step + 1])
@@ -388,11 +212,9 @@ class SharedMemory(Collective):
             if owner != self.rank:
                 flat[part] = sums[owner, : part.stop - part.start]
 
-    def _reduce_in_place(
-        self, flat: NDArray[Any], place: tuple[int, int], *, is_for_all: bool
-    ) -> None:
+    def _reduce_in_place(self, flat: NDArray[Any], place: Place, *, is_for_all: bool) -> None:
         """Add up this worker's part, block by block, into its own array or into all."""
-        seats = self._seats(flat, place)
+        seats = self._room.seats(flat, place)
         part = self.part(flat.size)
         spare = self._spare(flat.dtype)
         many = min(BLOCK, spare.size)
@@ -405,7 +227,7 @@ class SharedMemory(Collective):
                     for term in terms:
                         if term is not own:
                             np.copyto(term, own)
-        self._meeting.meet(self._doing)
+        self._room.meet(self._doing)
 
     # --- copies ---
 
@@ -426,17 +248,17 @@ class SharedMemory(Collective):
                 sums[self._sum_turn, : piece.stop - piece.start] = flat[piece]
 
         place = self._begin("broadcast", flat, put_in, root)
-        if place != _BOXED:
+        if place != NOWHERE:
             if self.rank != root:
-                flat[:] = self._seats(flat, place)[root]
-            self._meeting.meet(self._doing)
+                flat[:] = self._room.seats(flat, place)[root]
+            self._room.meet(self._doing)
             return
         for step, piece in enumerate(pieces):
             if self.rank != root:
                 flat[piece] = sums[self._sum_turn, : piece.stop - piece.start]
             if step + 1 < len(pieces):
                 put_in(step + 1)
-                self._meeting.meet(self._doing)
+                self._room.meet(self._doing)
 
     def _copy(self, doing: str, flat: NDArray[Any], pieces: list[list[slice]]) -> None:
         """Every owner lays out its part, step by step; everybody takes the others'."""
@@ -449,32 +271,22 @@ class SharedMemory(Collective):
                 sums[self._sum_turn, self.rank, : part.stop - part.start] = flat[part]
 
         place = self._begin(doing, flat, lay_out)
-        if place != _BOXED:
+        if place != NOWHERE:
             for owner, (part, seat) in enumerate(
-                zip(self.parts(flat.size), self._seats(flat, place), strict=True)
+                zip(self.parts(flat.size), self._room.seats(flat, place), strict=True)
             ):
                 if owner != self.rank:
                     flat[part] = seat[part]
-            self._meeting.meet(self._doing)
+            self._room.meet(self._doing)
             return
         for step, piece in enumerate(pieces):
             self._take_out(flat, piece)
             if step + 1 < len(pieces):
                 lay_out(step + 1)
-                self._meeting.meet(self._doing)
+                self._room.meet(self._doing)
 
     def _barrier(self) -> None:
-        self._enter("barrier", None, _BOXED)
+        self._room.enter("barrier", None)
 
-
-def _pages(size: int) -> int:
-    return -(-size // _PAGE) * _PAGE
-
-
-def _said(card: tuple[int, ...]) -> str:
-    """A card in words."""
-    call, kind, n, _, _, root = card
-    if kind == 0:
-        return f"{_CALLS[call]}({root} bytes)" if _CALLS[call] == "buffer" else _CALLS[call]
-    array = f"{n} elements of {chr(kind & 0xFF)!r} ({kind >> 8} bytes each)"
-    return f"{_CALLS[call]} of {array}" + (f" from {root}" if root >= 0 else "")
+    def _buffer(self, nbytes: int) -> NDArray[np.uint8]:
+        return self._room.buffer(nbytes)

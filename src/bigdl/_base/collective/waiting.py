@@ -4,16 +4,15 @@ Standard library only. A *meeting* returns when every worker of the host has com
 what each wrote to shared memory before is then visible to all. Two ways:
 
 - ``FlagMeeting``: each worker counts its meetings in a word of shared memory. Who waits looks at
-  the others' words for a moment, then gives its core to others a few times, then sleeps in the
-  kernel until it is woken. Looking and counting are plain loads and stores, which is only enough
-  where the processor keeps the order of stores (x86).
+  the others' words for a moment, if that has paid lately, then sleeps in the kernel until it is
+  woken. Looking and counting are plain loads and stores, which is only enough where the
+  processor keeps the order of stores (x86).
 - ``MessageMeeting``: a byte to the first worker and one back. Slower, and right everywhere.
 """
 
 from __future__ import annotations
 
 import ctypes
-import os
 import platform
 import select
 import sys
@@ -41,9 +40,12 @@ _FUTEX_NUMBER = {"x86_64": 202}  # of the system call
 _FUTEX_WAIT, _FUTEX_WAKE = 0, 1
 _ALL = 0x7FFFFFFF
 
-#: Looks at a word before giving up the core (a look takes 0.1 µs), then times of giving it up.
+#: Looks at a word before sleeping (a look takes 0.1 µs; to be woken takes some 50 µs).
 _LOOKS = 400
-_YIELDS = 20
+#: Looks that come to nothing cost others the core, so after such there are fewer, and every so
+#: many waits it is tried whether they pay again.
+_FEWER = 4
+_TRY_AGAIN = 32
 #: A sleeper wakes so often, to hear whether the others still live.
 _NAP_S = 0.05
 
@@ -89,7 +91,7 @@ class FlagMeeting:
         group: The gang's ranks that meet.
         table: ``table_bytes`` of shared memory, zero when the first begins.
         timeout_s: How long to wait for workers that live.
-        is_crowded: There are more workers than cores: then looking keeps others from coming.
+        is_crowded: There are more workers than cores: then looking only keeps others from coming.
     """
 
     def __init__(
@@ -104,8 +106,9 @@ class FlagMeeting:
         self._gang = gang
         self._group = group
         self._timeout_s = timeout_s
-        self._looks = range(0 if is_crowded else _LOOKS)
-        self._yields = range(_YIELDS)
+        self._most_looks = 0 if is_crowded else _LOOKS
+        self._looks = self._most_looks
+        self._waits = 0
         me, world = group.index(gang.rank), len(group)
         self._me = me
         self._words = table.cast("I")
@@ -140,13 +143,13 @@ class FlagMeeting:
 
     def _await(self, peer: int, word: int, turn: int, doing: str) -> None:
         words = self._words
-        for _ in self._looks:
+        self._waits += 1
+        looks = self._looks if self._waits % _TRY_AGAIN else self._most_looks
+        for _ in range(looks):
             if (words[word] - turn) & _MASK < _HALF:
+                self._looks = self._most_looks
                 return
-        for _ in self._yields:
-            os.sched_yield()
-            if (words[word] - turn) & _MASK < _HALF:
-                return
+        self._looks = looks // _FEWER
         bed = self._bed[peer]
         self._beds[bed] = 1
         try:
