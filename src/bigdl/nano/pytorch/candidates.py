@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from bigdl._base.registry import Registry
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
     from contextlib import AbstractContextManager
 
     import torch
@@ -34,7 +34,10 @@ class Scene:
         device: Where the module's parameters live.
         precision: Lightning's word for the user's own precision.
         step_s: Seconds of the user's own step, None if it was not measured.
-        loader_share: Share of a step's time that passes in fetching its batch, None if unknown.
+        loader_share: Share of the time from step to step that passes in fetching the batch, at
+            most; None if unknown.
+        readers: Gives the iterators of the run's DataLoaders, as they are at the call; None
+            where there are none.
     """
 
     module: torch.nn.Module
@@ -47,6 +50,7 @@ class Scene:
     precision: str = "32-true"
     step_s: float | None = None
     loader_share: float | None = None
+    readers: Callable[[], Sequence[Any]] | None = None
 
 
 class Applied:
@@ -54,6 +58,10 @@ class Applied:
 
     #: What exactly is in force, in words for the plan's table ("backbone: openvino_int8").
     detail: str = ""
+    #: It has seen all it needs to be sure that it is harmless.
+    is_proven: bool = True
+    #: Why it may not stay in force after all; None while it may.
+    problem: str | None = None
 
     @property
     def options(self) -> dict[str, Any]:
@@ -109,6 +117,8 @@ class Candidate:
     changes_optimizer_only: ClassVar[bool] = False
     #: Changes the process, not the copy it is applied to: undone whenever another is timed.
     is_process_wide: ClassVar[bool] = False
+    #: Changes what happens between the run's steps: tried on the run itself, not on copies.
+    is_of_the_run: ClassVar[bool] = False
     #: How many times as fast a step may become where it helps most: what a trial can repay.
     hope: ClassVar[float] = 1.5
 
@@ -159,7 +169,7 @@ _TABLE: Registry[type[Candidate]] = Registry(
         "compile": "bigdl.nano.pytorch.compiling:Compile",
         "allocator": "bigdl.nano.pytorch.process:Allocator",
         "threads": "bigdl.nano.pytorch.process:Threads",
-        "prefetch": "bigdl.nano.pytorch.process:Prefetch",
+        "prefetch": "bigdl.nano.pytorch.prefetching:Prefetch",
         "processes": "bigdl.nano.pytorch.process:Processes",
     },
 )

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from bigdl.nano.pytorch.guard import Guard, Seen
     from bigdl.nano.pytorch.rehearsal import Rehearsal
 
-__all__ = ["Choice", "Timing", "best_known", "kind_of", "time_in_turns"]
+__all__ = ["Choice", "Timing", "best_known", "kind_of", "slower", "time_in_turns", "timing_of"]
 
 _log = logging.getLogger(__name__)
 
@@ -138,7 +138,7 @@ def time_in_turns(own: Any, other: Any, *, limit_s: float) -> Timing:
     first, second = own(1), other(1)
     step_s = max(first, second)
     if step_s >= LONG_STEP_S:
-        return _timing([(first, second), (own(1), other(1))])
+        return timing_of([(first, second), (own(1), other(1))])
     steps = max(1, min(200, round(0.02 / max(step_s, 1e-6))))
     turns: list[tuple[float, float]] = []
     spent = 0.0
@@ -154,14 +154,15 @@ def time_in_turns(own: Any, other: Any, *, limit_s: float) -> Timing:
         spent += (a + b) * steps
         if len(turns) < 6:
             continue
-        timing = _timing(turns)
+        timing = timing_of(turns)
         is_clear = abs(timing.speedup - 1) > 4 * timing.doubt or timing.doubt < 0.005
         if is_clear or spent > limit_s:
             break
-    return _timing(turns)
+    return timing_of(turns)
 
 
-def _timing(turns: Sequence[tuple[float, float]]) -> Timing:
+def timing_of(turns: Sequence[tuple[float, float]]) -> Timing:
+    """What turns of (own, other) seconds say."""
     ratios = [math.log(a / b) for a, b in turns]
     middle = statistics.median(ratios)
     if len(turns) == 2:  # their spread is all there is to go by
@@ -217,7 +218,10 @@ class Choice:
         self._own_copy_s = 0.0  # the user's own step on a copy
         self._copy_s = 0.0  # a step with what is chosen, on a copy
         self._overhead_s = 0.0  # what a step of the run takes beyond its copy
-        self._waiting = [one for one in candidates if self._may(one)]
+        may = [one for one in candidates if self._may(one)]
+        self._waiting = [one for one in may if not one.is_of_the_run]
+        #: To be tried on the run itself, once the rest is decided.
+        self.on_run = [one for one in may if one.is_of_the_run]
 
     @property
     def share(self) -> float:
@@ -280,13 +284,14 @@ class Choice:
             reason = one.refuse(scene)
             if reason is not None:
                 return reason
-        if not any(one.changes_numbers for one in candidates):
+        on_copies = [one for one in candidates if not one.is_of_the_run]
+        if not any(one.changes_numbers for one in on_copies):
             return None
         try:
             with untouched(scene.module):
                 self._original = _Original(self._rehearsal, is_long=True)
-                with Stage(self._rehearsal, candidates) as stage:
-                    return self._guarded(stage, candidates)[0]
+                with Stage(self._rehearsal, on_copies) as stage:
+                    return self._guarded(stage, on_copies)[0]
         except (StageError, ConfigError) as exc:
             return str(exc)
 
@@ -316,7 +321,7 @@ class Choice:
             reason, status = "deterministic=True: nothing that changes numbers is tried", "skipped"
         else:
             reason, status = one.refuse(scene), "refused"
-        if reason is None:
+        if reason is None and not one.is_of_the_run:
             saving = self._saving_s(one)
             cost = 5 * self._own_s + one.setup_s(scene)
             if saving is not None and cost > saving:
@@ -547,7 +552,7 @@ class Choice:
             "speedup": (self._overhead_s + self._own_copy_s) / step_s,
         }
         if not timing.is_faster:
-            self._refuse(candidates, _slower(timing), "slower", **facts)
+            self._refuse(candidates, slower(timing), "slower", **facts)
             return
         self._copy_s = copy_s
         self._chosen += candidates
@@ -569,6 +574,9 @@ class Choice:
     def plan(self) -> Plan:
         """The plan as it stands; what still waits is left out."""
         rows = dict(self._rows)
+        for one in self.on_run:
+            text = "the run ended before it could be tried"
+            rows[one.name] = Row(name=one.name, status="skipped", reason=text)
         own_s = self._overhead_s + (self._own_copy_s or self._own_s)
         best_s = self._overhead_s + self._copy_s
         speedup = own_s / best_s if self._chosen else 1.0
@@ -667,7 +675,8 @@ def _facts(difference: Difference | None) -> dict[str, Any]:
     return {"loss_change": difference.loss_change, "cosine": difference.cosine}
 
 
-def _slower(timing: Timing) -> str:
+def slower(timing: Timing) -> str:
+    """Why a timing is no reason to choose, in words."""
     if timing.speedup < 1:
         return f"{1 / timing.speedup - 1:.1%} slower"
     return f"{timing.speedup - 1:.1%} faster, not beyond doubt (±{timing.doubt:.1%})"

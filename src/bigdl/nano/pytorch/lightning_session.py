@@ -17,15 +17,17 @@ from typing import TYPE_CHECKING, Any
 from bigdl._base.errors import ConfigError
 from bigdl.nano.pytorch import plan_cache
 from bigdl.nano.pytorch.candidates import NAMES, Scene
-from bigdl.nano.pytorch.choice import LONG_STEP_S, Choice
+from bigdl.nano.pytorch.choice import LONG_STEP_S, WORTH, Choice, slower
 from bigdl.nano.pytorch.lightning_host import part
 from bigdl.nano.pytorch.lightning_rehearsal import LightningRehearsal, why_not_rehearsed
 from bigdl.nano.pytorch.lightning_wiring import Wiring
+from bigdl.nano.pytorch.on_run import TrialOnRun
 from bigdl.nano.pytorch.plan import InForce, Plan, Row, device_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from bigdl.nano.pytorch.candidates import Applied, Candidate
     from bigdl.nano.pytorch.guard import Guard
 
 __all__ = ["Session"]
@@ -35,6 +37,8 @@ _log = logging.getLogger(__name__)
 _EarlyStopping = part("callbacks:EarlyStopping")
 _Timer = part("callbacks:Timer")
 
+#: A run with less left than this is over before trying anything could repay.
+_LEAST_S = 2.0
 #: With early stopping, a run is not counted on to last longer than this.
 _EPOCHS_COUNTED_ON = 10
 
@@ -82,6 +86,8 @@ class Session:
         self._steps_at_choice: int | None = None
         self._first_epoch = 0
         self._wiring: Wiring | None = None
+        self._trial: TrialOnRun | None = None
+        self._is_whole = True
         self.force: InForce | None = None
         #: What a plan is kept under; None before the first batch.
         self.key: str | None = None
@@ -121,6 +127,9 @@ class Session:
         self._batches = []
 
     def _undo(self) -> None:
+        if self._trial is not None:
+            self._trial.undo()
+            self._trial = None
         if self._wiring is not None:
             self._wiring.off()
             self._wiring = None
@@ -252,6 +261,23 @@ class Session:
             device=device_of(trainer.lightning_module),
             precision=str(trainer.precision_plugin.precision),
             step_s=self._own_s if self._steps else None,
+            loader_share=1 - self._own_s / self._wall_s() if len(self._steps) > 2 else None,
+            readers=self._readers if self._may_read_ahead() else None,
+        )
+
+    def _readers(self) -> list[Any]:
+        """Iterators of the training loaders, as they are now."""
+        fetcher = self._trainer.fit_loop._data_fetcher
+        combined = getattr(getattr(fetcher, "iterator", None), "_iterator", None)
+        return list(getattr(combined, "iterators", []))
+
+    def _may_read_ahead(self) -> bool:
+        """Whether a thread may read: not beside loaders that fork worker processes."""
+        loaders = getattr(self._trainer.fit_loop.epoch_loop.val_loop, "_combined_loader", None)
+        beside = [] if loaders is None else loaders.flattened
+        fetcher = self._trainer.fit_loop._data_fetcher
+        return getattr(fetcher, "length", None) is not None and not any(
+            getattr(one, "num_workers", 0) for one in beside
         )
 
     def _epochs_left(self) -> int | None:
@@ -332,13 +358,76 @@ class Session:
     def _conclude(self) -> None:
         """Take what the choice has come to, and keep it for later runs."""
         assert self._choice is not None
-        plan, chosen = self._choice.plan(), self._choice.chosen
-        if self.key is not None:
+        choice = self._choice
+        plan, chosen = choice.plan(), choice.chosen
+        self._is_whole = choice.is_whole
+        self._decide(plan, chosen)
+        self._keep()
+        if choice.on_run:
+            self._try_on_run(choice.on_run[0])
+
+    def _keep(self) -> None:
+        """Keep the plan for later runs."""
+        if self.key is not None and self.plan is not None:
             kept = plan_cache.Kept(
-                plan=plan, is_whole=self._choice.is_whole, steps=self._steps_at_choice
+                plan=self.plan, is_whole=self._is_whole, steps=self._steps_at_choice
             )
             plan_cache.store(self.key, kept)
-        self._decide(plan, chosen)
+
+    # --- on the run itself ---
+
+    def _try_on_run(self, one: Candidate) -> None:
+        """Try a candidate on the steps to come, with and without, if they are enough."""
+        trial = TrialOnRun(one, self._applying(one), step_s=self._wall_s())
+        left = self._steps_left()
+        if left is not None and left < trial.steps_needed:
+            return
+        self._trial = trial
+        if self._loop.after_step is None:
+            self._loop.after_step = self._after_step_of_trial
+        self._loop.epoch_started = self._epoch_started
+
+    def _applying(self, one: Candidate) -> Callable[[], Applied]:
+        scene = self._scene(None)
+        return lambda: one.apply(scene.module, scene.optimizers, scene)
+
+    def _epoch_started(self) -> None:
+        if self.force is not None:
+            self.force.epoch_started()
+        if self._trial is not None:
+            self._trial.epoch_started()
+
+    def _after_step_of_trial(self) -> None:
+        trial = self._trial
+        if trial is None or not trial.after_step():
+            return
+        self._trial = self._loop.after_step = None
+        assert self.plan is not None
+        name, timing = trial.candidate.name, trial.timing
+        if timing is None or trial.applied is None:
+            trial.undo()
+            row = Row(name=name, status="refused", reason=trial.problem or "it did not take")
+        else:
+            before = self.plan.row(self.plan.chosen[-1]) if self.plan.chosen else None
+            speedup = (before.speedup if before and before.speedup else 1.0) * timing.speedup
+            needed = 1.0 if self.plan.chosen else WORTH
+            is_kept = timing.is_faster and timing.speedup >= needed
+            row = Row(
+                name=name,
+                status="chosen" if is_kept else "slower",
+                step_ms=1000 * timing.other_s,
+                speedup=speedup,
+                reason="timed on the run itself, its loader included"
+                if is_kept
+                else slower(timing),
+            )
+            if is_kept:
+                self.force = self.force or InForce({})
+                self.force.add(trial.candidate, trial.applied)
+            else:
+                trial.undo()
+        self.plan = self.plan.with_row(row)
+        self._keep()
 
     def _only_together(self, choice: Choice) -> bool:
         """Whether the run can afford what helps together as one trial but not one by one."""
@@ -402,13 +491,14 @@ class Session:
         self._loop.after_step = self._settle
 
     def _settle(self) -> None:
-        """After the first step under the plan."""
-        self._loop.after_step = None
-        if self.force is None or self.plan is None:
-            return
-        self.force.settle()
-        if self.force.lost:
-            self.plan = self.plan.without(self.force.lost)
+        """After the first steps under the plan, until all that is in force is sure."""
+        if self.force is not None and self.plan is not None:
+            self.force.settle()
+            if self.force.lost:
+                self.plan = self.plan.without(self.force.lost)
+            if not self.force.is_proven:
+                return
+        self._loop.after_step = None if self._trial is None else self._after_step_of_trial
 
     def _tripped(self, what: str) -> None:
         """A step under the plan gave a loss or gradient that is not finite."""

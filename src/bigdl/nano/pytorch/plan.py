@@ -140,6 +140,17 @@ class Plan:
             raise ConfigError(f"This plan has no row {name!r}.{nearest(name, rows)}")
         return rows[name]
 
+    def with_row(self, row: Row) -> Plan:
+        """This plan with another row for one candidate; the user's own gives way to a choice."""
+        rows = [row if one.name == row.name else one for one in self.rows]
+        if row.status == "chosen" and not self.chosen:
+            rows = [
+                replace(one, status="slower") if one.name == "original" else one for one in rows
+            ]
+        # in the order tried: what was never tried comes last
+        rows.sort(key=lambda one: one.step_ms is None)
+        return Plan(tuple(rows), self.options)
+
     def without(self, reasons: Mapping[str, str]) -> Plan:
         """This plan with some chosen rows refused, each for a reason."""
         rows = [
@@ -325,6 +336,15 @@ class InForce:
         return tuple(one.name for one in self._applied)
 
     @property
+    def is_proven(self) -> bool:
+        """Whether all that is in force has seen what it needs to be sure."""
+        return all(one.is_proven for one in self._applied.values())
+
+    def add(self, one: Candidate, applied: Applied) -> None:
+        """Take in a candidate that is in force already."""
+        self._applied[one] = applied
+
+    @property
     def changes_numbers(self) -> bool:
         """Whether anything in force may change results."""
         return any(one.changes_numbers for one in self._applied)
@@ -388,13 +408,16 @@ class InForce:
             applied.as_users(checkpoint)
 
     def settle(self) -> None:
-        """To be called after the first step: drops what turned out not to work (``lost``)."""
-        if self._is_settled:
-            return
-        self._is_settled = True
+        """To be called after the first step, and after more of them until all ``is_proven``:
+        drops what turned out not to work (``lost``).
+        """
+        first, self._is_settled = not self._is_settled, True
         for one, applied in list(self._applied.items()):
             try:
-                applied.settle()
+                if first:
+                    applied.settle()
+                if applied.problem is not None:
+                    raise ConfigError(applied.problem)
             except ConfigError as exc:
                 applied.undo()
                 del self._applied[one]

@@ -1,4 +1,4 @@
-"""Candidates that change the process around the step: allocator, threads, loader, processes.
+"""Candidates that change the process around the step: allocator, threads, processes.
 
 Knows torch; imports no Lightning.
 """
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from bigdl.nano.pytorch.candidates import Scene
 
-__all__ = ["Allocator", "Prefetch", "Processes", "Threads"]
+__all__ = ["Allocator", "Processes", "Threads"]
 
 
 # --- memory allocation ------------------------------------------------------------------------
@@ -191,27 +191,7 @@ class _Threads(Applied):
             torch.set_num_threads(before)
 
 
-# --- what is not in the step ------------------------------------------------------------------
-
-
-class Prefetch(Candidate):
-    """The next batch is fetched while the step runs."""
-
-    name = "prefetch"
-    changes_numbers = False
-    is_process_wide = True
-    hope = 1.2
-
-    def refuse(self, scene: Scene) -> str | None:
-        return "not known"
-
-    def apply(
-        self,
-        module: torch.nn.Module,
-        optimizers: Sequence[torch.optim.Optimizer],
-        scene: Scene,
-    ) -> Applied:
-        raise ConfigError("prefetch needs a loader of its own")
+# --- more than one process ---------------------------------------------------------------------
 
 
 class Processes(Candidate):
