@@ -5,11 +5,19 @@ from __future__ import annotations
 from types import MappingProxyType
 
 import pytest
-
-pytest.importorskip("torch")
+import torch
 
 from bigdl.nano.accelerators import ACCELERATORS
 from bigdl.testing.accelerator import AcceleratorContract
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """Two threads that wait for each other take ages on a busy machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 def accelerator(name):

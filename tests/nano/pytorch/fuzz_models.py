@@ -276,11 +276,24 @@ def make(seed: int) -> tuple[nn.Module, object]:
     draw = random.Random(seed)
     with torch.random.fork_rng([]):
         torch.manual_seed(seed)
-        model = draw.choice(FAMILIES)(draw)
+        while True:  # some draws shrink a picture away
+            try:
+                model, sample = _drawn(draw)
+            except RuntimeError:
+                continue
+            break
+    model.train(draw.random() < 0.5)
+    return model, sample
+
+
+def _drawn(draw: random.Random) -> tuple[nn.Module, object]:
+    with torch.no_grad():
+        model = draw.choice(FAMILIES)(draw).eval()
         for module in model.modules():  # statistics that are not those of a fresh layer
             if isinstance(getattr(module, "running_mean", None), torch.Tensor):
                 nn.init.normal_(module.running_mean, 0, 0.3)
                 nn.init.uniform_(module.running_var, 0.5, 2)
         sample = model.sample(draw)
-    model.train(draw.random() < 0.5)
+        args, kwargs = ((), sample) if isinstance(sample, dict) else (sample, {})
+        model(*args, **kwargs)
     return model, sample

@@ -177,6 +177,9 @@ class _Prober:
         found = self.attempt(inputs)
         if found is None or found.ranks != run.ranks:
             return False
+        # a model may silently leave out the rows that are too many: they must have had a part
+        if all(map(_same, found.outputs, run.outputs)):
+            return False
         self.runs.append(found)
         return True
 
@@ -187,6 +190,12 @@ class _Prober:
             return 2
         self.runs.append(found)
         return 0
+
+
+def _same(one: torch.Tensor, other: torch.Tensor) -> bool:
+    return one.shape == other.shape and torch.allclose(
+        one.double(), other.double(), rtol=1e-4, atol=1e-6, equal_nan=True
+    )
 
 
 def probe_axes(

@@ -250,15 +250,17 @@ class Interface:
 
     def _must_be_default(self, name: str, value: Any) -> None:
         parameter = self.signature.parameters[name]
+        hint = ""
         if parameter.kind is inspect.Parameter.VAR_KEYWORD:
             name, value = next(iter(value.items()))
+            hint = nearest(name, list(self.signature.parameters))
         elif _same(value, parameter.default):
             return
         default = parameter.default
         shown = "out" if default is inspect.Parameter.empty else f"at its default ({default!r})"
         raise ArgumentError(
             f"{name}={_short(value)} was given, but the sample left {name!r} {shown}, and this "
-            f"model was compiled for that. Give {name!r} in the input_sample to use it."
+            f"model was compiled for that. Give {name!r} in the input_sample to use it.{hint}"
         )
 
     def _part(self, name: str, part: Structure, given: Mapping[str, Any]) -> list[torch.Tensor]:

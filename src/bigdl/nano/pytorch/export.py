@@ -195,6 +195,11 @@ class TorchSource:
                     "hold; have it return tensors (Hugging Face models: give use_cache=False in "
                     "the input_sample)."
                 )
+        if any(isinstance(part, torch.jit.ScriptModule) for part in self._module.modules()):
+            raise ConfigError(
+                f"{self._name} is TorchScript, which cannot be exported. Give the torch.nn.Module "
+                "that it was made from."
+            )
         return _Flat(self._module, self.interface)
 
     def dynamic_shapes(self) -> list[dict[int, Any] | None]:
@@ -311,15 +316,16 @@ class TorchSource:
 
     def _to_onnx(self, model: Any) -> Any:
         shapes = self.dynamic_shapes()
-        return torch.onnx.export(
-            model,
-            self.example(),
-            dynamo=True,
-            input_names=[spec.name for spec in self.inputs],
-            output_names=[spec.name for spec in self.outputs],
-            dynamic_shapes={"leaves": tuple(shapes)} if any(shapes) else None,
-            verbose=False,
-        )
+        with _own_kernels_of_rnns():
+            return torch.onnx.export(
+                model,
+                self.example(),
+                dynamo=True,
+                input_names=[spec.name for spec in self.inputs],
+                output_names=[spec.name for spec in self.outputs],
+                dynamic_shapes={"leaves": tuple(shapes)} if any(shapes) else None,
+                verbose=False,
+            )
 
     def exported(self, flat: nn.Module) -> torch.export.ExportedProgram:
         """``flat``, or a changed copy of it, as one graph of operators."""
@@ -453,6 +459,21 @@ def quiet_run(model: nn.Module) -> Iterator[None]:
     finally:
         random.setstate(streams[0])
         np.random.set_state(streams[1])
+
+
+@contextmanager
+def _own_kernels_of_rnns() -> Iterator[None]:
+    """The exporter swaps in loops for recurrent layers, so that lengths can vary, but not in the
+    operators' cache: what an earlier export left there would fix the length, and what this one
+    leaves would reach the process's other work."""
+    operators = (torch.ops.aten.lstm.input, torch.ops.aten.gru.input)
+    try:
+        for operator in operators:
+            operator._dispatch_cache.clear()
+        yield
+    finally:
+        for operator in operators:
+            operator._dispatch_cache.clear()
 
 
 class _Flat(nn.Module):
