@@ -69,6 +69,7 @@ def program(trainer_class, datasets, transforms, folder: Path, steps: int, limit
             transforms.ColorJitter(),
             transforms.RandomCrop(224),
             transforms.RandomHorizontalFlip(),
+            transforms.Resize(128),
             transforms.ToTensor(),
         ]
     )
@@ -143,7 +144,7 @@ def train(folder: Path) -> tuple[torch.nn.Module, DataLoader]:
         STOCK_LIMIT_S,
     )
     say("Training with our imports ...")
-    steps = max(40, min(300, int(PLANNED_S / stock.step_s)))
+    steps = max(40, int(PLANNED_S / stock.step_s))
     model, loader, trainer, ours = program(
         bigdl.nano.pytorch.Trainer,
         bigdl.nano.pytorch.vision.datasets,
