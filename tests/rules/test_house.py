@@ -85,6 +85,7 @@ SCOPED: dict[str, set[str]] = {
     "nano/pytorch/process.py": {"set_num_threads"},
     "nano/pytorch/smoke.py": {"torch.manual_seed"},
     "nano/pytorch/trial.py": {"set_num_threads"},
+    "testing/accelerator.py": {"torch.manual_seed"},
 }
 
 
