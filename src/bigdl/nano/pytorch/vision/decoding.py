@@ -180,8 +180,8 @@ def open_source(path: str) -> Source:
             its pixels are asked for.
         OSError: The file itself cannot be read; missing is ``FileNotFoundError``.
     """
-    with open(path, "rb") as file:
-        data = file.read()
+    with open(path, "rb", buffering=0) as file:
+        data = file.readall()
     header = read_header(data)
     limit = Image.MAX_IMAGE_PIXELS
     if header is None or (limit is not None and header.height * header.width > limit):
