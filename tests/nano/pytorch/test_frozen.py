@@ -560,6 +560,22 @@ class TestCache:
         cache = applied._sites[0].caches[0]
         assert cache.closed
 
+    def test_random_training_beside_still_validation(self, net):
+        own = copy.deepcopy(net)
+        applied = apply(net)
+        still = images(seed=3)
+        for epoch in range(4):
+            applied.epoch_started()
+            for step in range(4):
+                x = images(seed=100 * epoch + step)
+                torch.testing.assert_close(net(x), own(x))
+            with torch.no_grad():
+                torch.testing.assert_close(net(still), own(still))
+        training, validation = applied._sites[0].caches
+        assert training.closed
+        assert not validation.closed
+        assert (validation.hits, len(validation)) == (24, 8)
+
     def test_none_in_a_probe(self, net):
         copied = copy.deepcopy(net)
         applied = pinned().apply(copied, (), scene_of(net))

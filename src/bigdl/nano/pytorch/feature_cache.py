@@ -50,8 +50,8 @@ class FeatureCache:
     however the process ends; and only once hits have shown that rows do come back.
 
     Args:
-        memory_bytes: Budget in memory; None is a quarter of what is available.
-        spill_bytes: Budget in the file; None is a quarter of the free disk.
+        memory_bytes: Budget in memory; None is an eighth of what is available.
+        spill_bytes: Budget in the file; None is an eighth of the free disk.
         directory: Where the file is made; None is our cache folder.
     """
 
@@ -63,7 +63,7 @@ class FeatureCache:
         directory: Path | None = None,
     ) -> None:
         if memory_bytes is None:
-            memory_bytes = machine.available_memory_bytes() // 4
+            memory_bytes = machine.available_memory_bytes() // 8
         self._budget = (memory_bytes, spill_bytes, directory)
         self._hash = find_hash()
         self._lock = threading.Lock()
@@ -256,7 +256,7 @@ class _Store:
         folder = machine.cache_dir() if self._directory is None else self._directory
         folder.mkdir(parents=True, exist_ok=True)
         if self._spill_bytes is None:
-            self._spill_bytes = shutil.disk_usage(folder).free // 4
+            self._spill_bytes = shutil.disk_usage(folder).free // 8
         if self._spill_bytes < self._row_bytes:
             return
         self._file = tempfile.TemporaryFile(dir=folder, buffering=0)  # noqa: SIM115

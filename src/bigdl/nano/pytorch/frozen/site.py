@@ -96,10 +96,14 @@ def _like(output: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
 
 @dataclass(kw_only=True)
 class _Way:
-    """One kind of call with its form in force."""
+    """One kind of call with its form in force.
+
+    Training and evaluation have caches of their own: often only one of the two pipelines is
+    random, and its rows must not fill the memory that the other's make good use of.
+    """
 
     made: Made
-    cache: FeatureCache | None
+    caches: dict[bool, FeatureCache]  # by whether gradients are recorded
     own: Callable[[Tensors], Tensors]
     calls: int = 0
 
@@ -146,7 +150,7 @@ class Site:
     @property
     def caches(self) -> list[FeatureCache]:
         """The caches in use."""
-        return [way.cache for way in self._ways() if way.cache is not None]
+        return [cache for way in self._ways() for cache in way.caches.values()]
 
     def remove(self) -> None:
         """Let the module be called as before. Calling it twice is harmless."""
@@ -176,11 +180,10 @@ class Site:
     ) -> Any:
         way.calls += 1
         try:
+            cache = way.caches.get(torch.is_grad_enabled())
             with torch.no_grad():
-                if way.cache is not None:
-                    outputs = way.cache.take(tensors, way.made)
-                else:
-                    outputs = way.made(tensors)
+                made = way.made
+                outputs = cache.take(tensors, made) if cache is not None else made(tensors)
         except (BigDLError, RuntimeError, ValueError) as exc:
             # the user's own module may take what the form cannot; if not, it says why itself
             _log.warning("Frozen trunk %s: its form failed (%s).", self.shown, exc)
@@ -364,22 +367,24 @@ class Site:
     def _put_in_force(self, cut: _Cut, kind: Kind, made: Made) -> None:
         flat = FlatTrunk(cut.trunk.ahead)
         own = as_now(lambda inputs: flat(*inputs), kind.tensors[0].device.type)
-        cut.ways[kind.key] = _Way(made=made, cache=self._cache_for(kind.tensors, made), own=own)
+        cut.ways[kind.key] = _Way(made=made, caches=self._caches_for(kind.tensors, made), own=own)
         self.reason = ""
         _log.debug("Frozen trunk %s runs as %s.", self.shown, made.chosen.form.name)
 
-    def _cache_for(self, tensors: Tensors, made: Made) -> FeatureCache | None:
-        """A cache, where rows are rows, and hashing them is cheap beside computing them."""
+    def _caches_for(self, tensors: Tensors, made: Made) -> dict[bool, FeatureCache]:
+        """Caches, where rows are rows, and hashing them is cheap beside computing them."""
         if not (self._terms.cached and made.rows and made.chosen.by_rows):
-            return None
+            return {}
         if any(tensor.device.type != "cpu" for tensor in (*tensors, *made.wanted)):
-            return None
+            return {}
         size = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
         hash_s = size / _HASH_BYTES_PER_S + len(tensors[0]) * _HASH_ROW_S
         form_s = made.chosen.form_s
         if form_s and hash_s > _HASH_SHARE * form_s:
-            return None
-        return FeatureCache(memory_bytes=self._terms.cache_bytes)
+            return {}
+        memory = self._terms.cache_bytes
+        half = None if memory is None else memory // 2
+        return {grad: FeatureCache(memory_bytes=half) for grad in (True, False)}
 
     # --- later --------------------------------------------------------------------------------
 
