@@ -50,9 +50,14 @@ def _gone(pids, within_s: float = 10.0) -> bool:
     return False
 
 
+@pytest.fixture(autouse=True)
+def own_temporary_folder(tmp_path, monkeypatch):
+    """Others write to the common one, too."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+
+
 def _leftovers() -> tuple[set[str], set[str]]:
-    files = {name for name in os.listdir(tempfile.gettempdir()) if name.startswith("bigdl-work")}
-    return set(os.listdir("/proc/self/fd")), files
+    return set(os.listdir("/proc/self/fd")), set(os.listdir(tempfile.gettempdir()))
 
 
 def test_a_value_comes_back():
@@ -410,8 +415,9 @@ def test_ctrl_c_is_a_keyboard_interrupt_and_leaves_nothing():
 
 @pytest.mark.skipif(sys.platform != "linux", reason="needs a parent's death signal")
 def test_a_worker_dies_with_its_nursery():
-    program, pids, _ = _hanging()
+    program, pids, scratch = _hanging()
     os.kill(pids[1], signal.SIGKILL)
     _, errors = program.communicate(timeout=20)
     assert "WorkerLostError" in errors
     assert _gone(pids)
+    assert not scratch.exists()

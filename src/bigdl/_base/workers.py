@@ -28,6 +28,7 @@ import sys
 import tempfile
 import threading
 import time
+import weakref
 from typing import TYPE_CHECKING, Any, BinaryIO, Literal, TypeVar, cast
 
 from bigdl._base.errors import ConfigError, TimeLimitError, WorkerError, WorkerLostError
@@ -166,7 +167,7 @@ class Workers:
             worker._channel.close()
         self._workers.clear()
         if self._scratch:
-            shutil.rmtree(self._scratch, ignore_errors=True)
+            self._sweep()
             self._scratch = ""
         if self._output is not None:
             self._output.close()
@@ -181,6 +182,8 @@ class Workers:
                 "program is not known here. Set sys.executable to it."
             )
         self._scratch = tempfile.mkdtemp(prefix="bigdl-workers-")
+        # should the nursery be killed, and nobody close these workers
+        self._sweep = weakref.finalize(self, shutil.rmtree, self._scratch, ignore_errors=True)
         ours, theirs = socket.socketpair()
         boot = {
             "control": theirs.fileno(),
