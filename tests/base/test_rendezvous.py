@@ -496,6 +496,40 @@ def test_a_worker_can_hold_the_rendezvous_and_is_missed_too():
                 waiting.result()
 
 
+def test_an_owner_stays_until_the_others_have_left():
+    tickets = []
+
+    def own():
+        with Rendezvous(2, timeout_s=20, owner=0) as rendezvous:
+            tickets.append(rendezvous.ticket)
+            join(rendezvous.ticket, 0).close()
+
+    with ThreadPoolExecutor(1) as pool:
+        owning = pool.submit(own)
+        while not tickets:
+            time.sleep(0.01)
+        with join(tickets[0], 1) as gang:
+            time.sleep(0.5)
+            gang.check()
+            assert not owning.done()
+        owning.result(timeout=10)
+    with pytest.raises(ConnectionRefusedError):
+        socket.create_connection((tickets[0].address, tickets[0].port), timeout=2)
+
+
+def test_an_owner_whose_work_failed_leaves_at_once():
+    with pytest.raises(ZeroDivisionError), Rendezvous(2, timeout_s=20, owner=0):
+        1 / 0  # noqa: B018
+
+
+def test_it_is_known_when_all_have_left():
+    with meeting(2) as (rendezvous, gangs):
+        gangs[0].close()
+        assert not rendezvous.wait_until_left(0.2)
+        gangs[1].close()
+        assert rendezvous.wait_until_left(10)
+
+
 # --- nothing is left --------------------------------------------------------------------------
 
 

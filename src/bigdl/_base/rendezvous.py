@@ -31,6 +31,9 @@ _GRACE_S = 5.0
 class Rendezvous:
     """Where workers meet. A thread serves it; ``close`` ends the thread and frees the port.
 
+    A ``with`` block of a worker that owns it ends when all workers have left, or failed; a
+    caller's block ends at once, so there the workers' results have to be waited for first.
+
     Args:
         world: How many workers will come.
         address: One of this machine's addresses; the default is for workers on this machine.
@@ -73,7 +76,9 @@ class Rendezvous:
     def __enter__(self) -> Rendezvous:
         return self
 
-    def __exit__(self, *exc: object) -> None:
+    def __exit__(self, kind: object, exc: BaseException | None, trace: object) -> None:
+        if exc is None and self._ticket.owner is not None:
+            self.wait_until_left()  # the others may need it longer than its owner does
         self.close()
 
     @property
@@ -100,6 +105,10 @@ class Rendezvous:
     def abort(self, words: str) -> None:
         """End the work of all workers; each hears ``words``."""
         self._server.ask_abort(words)
+
+    def wait_until_left(self, timeout_s: float | None = None) -> bool:
+        """Wait until all workers have left, or failed; whether that was so in time."""
+        return self._server.over.wait(timeout_s)
 
     def close(self) -> None:
         """End the rendezvous; workers that are still there hear of it. Harmless twice."""

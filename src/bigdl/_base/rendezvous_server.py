@@ -107,6 +107,8 @@ class Server:
         self.members: tuple[Member, ...] = ()
         #: Set when all have come, or never will.
         self.settled = threading.Event()
+        #: Set when all have left, or something has failed.
+        self.over = threading.Event()
         family = socket.AF_INET6 if ":" in address else socket.AF_INET
         try:
             self._door = socket.create_server((address, 0), family=family, backlog=world + 16)
@@ -150,6 +152,7 @@ class Server:
                     kind="stopped", rank=None, text="The rendezvous was closed before all came."
                 )
             self.settled.set()
+            self.over.set()
             for end in (*self._callers, self._door, self._woken, self._wakes):
                 end.close()
             self._selector.close()
@@ -384,6 +387,8 @@ class Server:
                 return
             caller.has_left = True
             self._tell_all(LEFT, int(caller.rank or 0).to_bytes(4, "big"))
+            if all(one.has_left for one in self._joined):
+                self.over.set()
 
     def _answer(self, request: _Request) -> None:
         """Give a worker its values if all of them have come."""
@@ -404,6 +409,7 @@ class Server:
         if self.failure is None:
             self.failure = failure
             self.settled.set()
+            self.over.set()
             self._tell_all(FAILED, json.dumps(asdict(failure)).encode())
 
     def _tell_all(self, kind: int, payload: bytes) -> None:

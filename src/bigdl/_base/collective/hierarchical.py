@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from bigdl._base.collective.arithmetic import split
 from bigdl._base.collective.base import Collective, Compress
 from bigdl._base.collective.shared import SharedMemory
 from bigdl._base.collective.tcp import Tcp
@@ -44,9 +45,8 @@ class Hierarchical(Collective):
         has_lane = self._lane < self._lanes
         self._local = SharedMemory(gang, mine, owners=self._lanes, timeout_s=timeout_s)
         try:
-            # a lane's workers, by host
+            # a lane's workers in the order of hosts, in which their sums are added
             lane = tuple(host[self._lane] for host in self._hosts) if has_lane else ()
-            # in the order of hosts, which is that of their lowest ranks
             self._across = Tcp(gang, lane, timeout_s=timeout_s)
         except BaseException:
             self._local.close()
@@ -58,8 +58,6 @@ class Hierarchical(Collective):
         return self._hosts
 
     def parts(self, n: int) -> list[slice]:
-        from bigdl._base.collective.arithmetic import split
-
         parts = [slice(n, n)] * self.world
         for lane, part in enumerate(split(n, self._lanes)):
             size = part.stop - part.start
