@@ -289,6 +289,61 @@ def test_a_step_that_fails_under_a_candidate_is_refused_with_its_error(clock):
     del stock, ours
 
 
+def test_copies_that_do_not_fit_are_not_made(clock, monkeypatch):
+    clock.update(channels_last=0.5)
+    monkeypatch.setattr(machine, "available_memory_bytes", lambda **_: 1000)
+    trainer, _ = fit()
+    assert trainer.plan.chosen == ()
+    assert "GiB are free" in trainer.plan.row("channels_last").reason
+
+
+def test_a_run_too_short_to_try_anything(monkeypatch):
+    def never(*args, **kwargs):
+        raise AssertionError("a trial in so short a run")
+
+    monkeypatch.setattr(Stage, "__init__", never)
+    trainer, _ = fit(max_epochs=1)
+    assert {row.status for row in trainer.plan.rows[1:]} <= {"skipped", "refused"}
+    assert all(row.reason for row in trainer.plan.rows[1:])
+
+
+def test_an_interrupted_trial_leaves_nothing(clock, monkeypatch):
+    """Ctrl-C inside a trial: Lightning ends the process; the model is as it was."""
+
+    def interrupted(self, batches):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Stage, "seconds", interrupted)
+    import signal
+
+    handler = signal.getsignal(signal.SIGINT)
+    model, trainer = Pictures(), Trainer(**QUIET, max_epochs=1)
+    try:
+        with pytest.raises(SystemExit):
+            trainer.fit(model, pictures())
+    finally:
+        signal.signal(signal.SIGINT, handler)
+    assert trainer.plan.chosen == ()
+    assert all(p.is_contiguous() for p in model.parameters())
+    assert not {"training_step", "optimizer_step"} & set(vars(trainer.strategy))
+    assert "run" not in vars(trainer.fit_loop.epoch_loop.automatic_optimization)
+
+
+def test_a_run_of_unknown_length_tries_when_it_can_afford_it(clock, monkeypatch):
+    """A tenth of what has passed: never more, whatever the run's length will be."""
+    clock.update(channels_last=0.5)
+    monkeypatch.undo()
+    spent = []
+    real = Session._timed
+    monkeypatch.setattr(Session, "_steps_left", lambda self: None)
+    monkeypatch.setattr(
+        Session, "_timed", lambda self, trial: real(self, trial) or spent.append(self._spent_s)
+    )
+    trainer, model = fit(loader=pictures(rows=800))
+    assert len(model.losses) == 200
+    assert all(row.status == "chosen" or row.reason for row in trainer.plan.rows)
+
+
 # --- plans pinned, kept, carried --------------------------------------------------------------
 
 

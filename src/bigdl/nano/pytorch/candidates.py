@@ -122,6 +122,10 @@ class Candidate:
     #: How many times as fast a step may become where it helps most: what a trial can repay.
     hope: ClassVar[float] = 1.5
 
+    def hope_for(self, scene: Scene) -> float:
+        """``hope``, for the kind of model that there is."""
+        return self.hope
+
     def setup_s(self, scene: Scene) -> float:
         """About how many seconds the first step under it takes longer than the others."""
         return 0.0

@@ -336,7 +336,7 @@ class Choice:
     def _saving_s(self, one: Candidate) -> float | None:
         if self._steps_left is None:
             return None
-        return self._steps_left * self._own_s * (1 - 1 / one.hope)
+        return self._steps_left * self._own_s * (1 - 1 / one.hope_for(self._rehearsal.scene))
 
     def _try(self, candidates: list[Candidate]) -> None:
         module, names = self._rehearsal.scene.module, [one.name for one in candidates]

@@ -11,8 +11,13 @@ from __future__ import annotations
 import copy
 from typing import TYPE_CHECKING, Any
 
+import torch
+from torch.utils import _pytree as pytree
+
+from bigdl._base import machine
 from bigdl.nano.pytorch.lightning_host import part, pl
 from bigdl.nano.pytorch.lightning_wiring import Wiring
+from bigdl.nano.pytorch.plan import device_of
 from bigdl.nano.pytorch.rehearsal import (
     Cast,
     Rehearsal,
@@ -27,7 +32,7 @@ if TYPE_CHECKING:
     from bigdl.nano.pytorch.candidates import Scene
     from bigdl.nano.pytorch.plan import InForce
 
-__all__ = ["LightningRehearsal", "why_not_rehearsed"]
+__all__ = ["LightningRehearsal", "no_room_for_copies", "why_not_rehearsed"]
 
 _AutomaticOptimization = part("loops.optimization.automatic:_AutomaticOptimization")
 _ManualOptimization = part("loops.optimization.manual:_ManualOptimization")
@@ -45,6 +50,31 @@ def why_not_rehearsed(trainer: Any) -> str | None:
         )
     if getattr(trainer.lightning_module, "_compiler_ctx", None):
         return "your model is compiled already"
+    return None
+
+
+def no_room_for_copies(trainer: Any) -> str | None:
+    """Why copies would not fit beside the run, in one sentence; None if they do.
+
+    A trial holds two copies of module and optimizer state, and gradients on both.
+    """
+    module = trainer.lightning_module
+    tensors = [*module.parameters(), *module.buffers()]
+    tensors += [p for p in module.parameters() if p.requires_grad]  # a gradient each
+    for optimizer in trainer.optimizers:
+        states = pytree.tree_leaves([dict(state) for state in optimizer.state.values()])
+        tensors += [leaf for leaf in states if isinstance(leaf, torch.Tensor)]
+    needed = 2 * sum(one.numel() * one.element_size() for one in tensors)
+    device = device_of(module)
+    if device.type == "cuda":
+        free = torch.cuda.mem_get_info(device)[0]
+    else:
+        free = machine.available_memory_bytes()
+    if free and needed > 0.8 * free:
+        return (
+            f"two copies of model and optimizer take {needed / 2**30:.1f} GiB; "
+            f"{free / 2**30:.1f} GiB are free"
+        )
     return None
 
 

@@ -19,7 +19,11 @@ from bigdl.nano.pytorch import plan_cache
 from bigdl.nano.pytorch.candidates import NAMES, Scene
 from bigdl.nano.pytorch.choice import LONG_STEP_S, WORTH, Choice, slower
 from bigdl.nano.pytorch.lightning_host import part
-from bigdl.nano.pytorch.lightning_rehearsal import LightningRehearsal, why_not_rehearsed
+from bigdl.nano.pytorch.lightning_rehearsal import (
+    LightningRehearsal,
+    no_room_for_copies,
+    why_not_rehearsed,
+)
 from bigdl.nano.pytorch.lightning_wiring import Wiring
 from bigdl.nano.pytorch.on_run import TrialOnRun
 from bigdl.nano.pytorch.plan import InForce, Plan, Row, device_of
@@ -37,8 +41,6 @@ _log = logging.getLogger(__name__)
 _EarlyStopping = part("callbacks:EarlyStopping")
 _Timer = part("callbacks:Timer")
 
-#: A run with less left than this is over before trying anything could repay.
-_LEAST_S = 2.0
 #: With early stopping, a run is not counted on to last longer than this.
 _EPOCHS_COUNTED_ON = 10
 
@@ -116,9 +118,22 @@ class Session:
     def end(self) -> None:
         """Put everything back as it was before the run."""
         if self.plan is None:
-            self._stop_trying("the run ended before it could be tried")
+            self.plan = self._unfinished()
+        if self._choice is not None:
+            self._choice.close()
+            self._choice = None
         self._unwatch()
         self._undo()
+
+    def _unfinished(self) -> Plan:
+        """The plan of a run that ended before it had decided; nothing of it was in force."""
+        reason = "the run ended before it could be tried"
+        if self._choice is None:
+            return unplanned(reason)
+        self._choice.skip(reason)
+        plan = self._choice.plan()
+        late = "faster, but the run ended before it could be put in force"
+        return plan.without(dict.fromkeys(plan.chosen, late))
 
     def _unwatch(self) -> None:
         watched, self._watched = self._watched, []
@@ -331,6 +346,10 @@ class Session:
             rehearsal = LightningRehearsal(
                 self._trainer, self._batches, self._scene(self._batches[-1][0])
             )
+            reason = no_room_for_copies(self._trainer)
+            if reason is not None:
+                self._decide(unplanned(reason))
+                return
             self._steps_at_choice = self._steps_left()
             self._choice = Choice(
                 rehearsal,

@@ -13,6 +13,7 @@ from bigdl._base.registry import nearest
 from bigdl.nano.pytorch import old_names
 from bigdl.nano.pytorch.guard import Guard
 from bigdl.nano.pytorch.inference import InferenceOptimizer
+from bigdl.nano.pytorch.lightning_guests import at_home, receiving
 from bigdl.nano.pytorch.lightning_host import part, pl
 from bigdl.nano.pytorch.lightning_resume import install
 from bigdl.nano.pytorch.lightning_session import Session
@@ -65,8 +66,15 @@ class Trainer(_StockTrainer):  # type: ignore[misc]
         self._session: Session | None = None
         self._given_epochs: int | None = lightning.get("max_epochs")
         # the variables of the environment have been read: not once more, with our names
-        _StockTrainer.__init__.__wrapped__(self, **lightning)
+        callbacks = lightning.get("callbacks") or []
+        with at_home(callbacks if isinstance(callbacks, (list, tuple)) else [callbacks]):
+            _StockTrainer.__init__.__wrapped__(self, **lightning)
         install(self)
+
+    fit = receiving(_StockTrainer.fit)
+    validate = receiving(_StockTrainer.validate)
+    test = receiving(_StockTrainer.test)
+    predict = receiving(_StockTrainer.predict)
 
     @property
     def plan(self) -> Plan | None:
