@@ -207,9 +207,9 @@ def test_a_wrong_export_is_refused(monkeypatch):
 
 
 def _flat_of(source):
-    from bigdl.nano.pytorch.export import _Flat
+    from bigdl.nano.pytorch.flat import Flat
 
-    return _Flat(source._module, source.interface)
+    return Flat(source._module, source.interface)
 
 
 # --- kinds of models --------------------------------------------------------------------------
@@ -376,8 +376,19 @@ def test_pooling_of_any_size():
         x = torch.randn(shape)
         same(make(pool, x, "onnxruntime")(x), pool(x))
     indices = nn.AdaptiveMaxPool2d(2, return_indices=True)
-    with pytest.raises(ConfigError, match="other results|cannot be exported"):
+    with pytest.raises(ConfigError, match=r"other results|cannot be exported"):
         make(indices, torch.randn(2, 3, 7, 8), "onnxruntime")
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_padding_with_the_other_end(form):
+    model = nn.Sequential(
+        nn.Conv2d(2, 3, (3, 5), padding=(1, 2), padding_mode="circular"),
+        nn.CircularPad2d((1, 0, 2, 3)),
+    )
+    fast = make(model, torch.randn(2, 2, 7, 8), form)
+    x = torch.randn(3, 2, 7, 8)
+    same(fast(x), model(x))
 
 
 def test_weights_beside_a_large_file(monkeypatch):
@@ -435,7 +446,7 @@ def test_leading_items_are_inputs():
     assert split_batch((a, b, c, d), model, sample=(a, b, c)) == ((a, b, c), d)
     assert split_batch((a, b), model, sample=a) == ((a,), b)
     assert split_batch(a, model) == ((a,), None)
-    with pytest.raises(DataError, match="1 items.*needs 2 inputs"):
+    with pytest.raises(DataError, match=r"1 items.*needs 2 inputs"):
         split_batch((a,), model)
     with pytest.raises(ArgumentError, match="int"):
         split_batch(3, model)

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import copy
 import importlib.util
-import re
 from pathlib import Path
 
 import pytest
 import torch
 
 from bigdl._base import trees
-from bigdl.errors import BigDLError
 from bigdl.nano.pytorch.accelerated import build
 from bigdl.nano.pytorch.axes import resize
 
@@ -33,9 +31,6 @@ def one_thread():
     torch.set_num_threads(threads)
 
 
-# Refusals that are right, by what their text says: nothing else may be refused.
-KNOWN_REFUSALS: dict[tuple[str, int], str] = {}
-
 QUICK = range(15)
 ALL = range(200)
 COMPILED = range(1000, 1015)
@@ -52,10 +47,7 @@ def check(seed, accelerator):
     modes = [module.training for module in model.modules()]
     weights = copy.deepcopy(model.state_dict())
     original = copy.deepcopy(model).eval()
-    if (accelerator, seed) in KNOWN_REFUSALS:
-        with pytest.raises(BigDLError, match=re.escape(KNOWN_REFUSALS[accelerator, seed])):
-            build(model, name="fuzz", accelerator=accelerator, precision="fp32", sample=sample)
-        return
+    # a clear refusal would do for a user; that there is none here, keeps it so
     fast = build(model, name="fuzz", accelerator=accelerator, precision="fp32", sample=sample)
     assert modes == [module.training for module in model.modules()]
     for name, value in model.state_dict().items():

@@ -110,10 +110,17 @@ def _read(path: Path, error: type[Exception]) -> Any:
         raise error(f"OpenVINO cannot read this model: {_line(exc)}") from exc
 
 
+# How the lines begin that say where in OpenVINO's source an error arose, not what it is.
+_WHERE = ("Exception from", "Check '", "FrontEnd API", "Model wasn't", "While validating", "-- ",
+          "Summary:")  # fmt: skip
+
+
 def _line(exc: BaseException) -> str:
-    """OpenVINO's errors begin with where in its source they arose; the reason comes last."""
+    """The reasons that an error of OpenVINO gives, in one line."""
     lines = [line.strip() for line in str(exc).splitlines() if line.strip()]
-    return (lines[-1] if lines else type(exc).__name__)[:300]
+    reasons = [line for line in lines if not line.startswith(_WHERE)] or lines[-1:]
+    what = [line.removeprefix("-- ") for line in lines if line.startswith("-- Conversion")]
+    return "; ".join(dict.fromkeys([*what, *reasons]))[:300] or type(exc).__name__
 
 
 def _settings(spec: Spec) -> dict[str, Any]:

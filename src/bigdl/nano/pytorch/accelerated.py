@@ -19,7 +19,9 @@ from bigdl.nano.accelerators import ACCELERATORS
 from bigdl.nano.accelerators.base import Config, Spec, make_config
 from bigdl.nano.accelerators.here import Missing
 from bigdl.nano.pytorch.binding import to_array, to_tensor
-from bigdl.nano.pytorch.export import TorchSource, quiet_run, verify
+from bigdl.nano.pytorch.export import TorchSource
+from bigdl.nano.pytorch.quiet import quiet_run
+from bigdl.nano.pytorch.verify import verify
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -118,7 +120,7 @@ def _settle(compiled: Compiled, source: TorchSource, name: str, precision: str) 
     """The first calls: full precision is compared with the original, all get warm."""
     if not compiled.native:
         if precision == "fp32":
-            verify(compiled, source, name)
+            verify(compiled, source.runs, source.outputs, name)
         for _ in range(2):
             compiled(*source.sample)
         return

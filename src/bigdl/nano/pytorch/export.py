@@ -4,22 +4,16 @@ from __future__ import annotations
 
 import inspect
 import logging
-import random
 import re
-import warnings
-from collections.abc import Mapping
-from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import nn
 
-from bigdl._base import machine
-from bigdl._base.errors import ArgumentError, BigDLError, ConfigError, DataError
+from bigdl._base.errors import ArgumentError, BigDLError, ConfigError
 from bigdl._base.optional import need
-from bigdl.nano.accelerators import ACCELERATORS
-from bigdl.nano.accelerators.base import Spec, TensorSpec
+from bigdl.nano.accelerators.base import TensorSpec
 from bigdl.nano.accelerators.here import missing, triton_hazard
 from bigdl.nano.accelerators.scratch import Scratch
 from bigdl.nano.accelerators.torch_modules import frozen_copy
@@ -33,17 +27,21 @@ from bigdl.nano.pytorch.binding import (
     to_array,
     to_tensor,
 )
-from bigdl.nano.pytorch.pooling import pooling_table
-from bigdl.nano.pytorch.structure import Structure, Unknown, flatten, map_tensors
+from bigdl.nano.pytorch.flat import Flat, InputsKept, as_module
+from bigdl.nano.pytorch.quiet import own_kernels_of_rnns, quiet_run
+from bigdl.nano.pytorch.simpler import simpler_operators
+from bigdl.nano.pytorch.splitting import split_batch
+from bigdl.nano.pytorch.structure import Structure, Unknown, flatten
+from bigdl.nano.pytorch.verify import first_cause, is_close, run_onnx_file, verify
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Mapping, Sequence
     from pathlib import Path
 
     from bigdl.nano.accelerators.base import Arrays
     from bigdl.nano.pytorch.binding import Sample
 
-__all__ = ["TorchSource", "split_batch", "verify"]
+__all__ = ["TorchSource", "split_batch"]
 
 log = logging.getLogger(__name__)
 
@@ -78,7 +76,7 @@ class TorchSource:
         sample: Sample,
         dynamic_axes: bool | Mapping[str, Sequence[int]] = True,
     ) -> None:
-        module = _as_module(model)
+        module = as_module(model)
         self._name = type(module).__name__
         signature = forward_signature(module)
         bound, _ = bind_sample(signature, sample)
@@ -108,7 +106,7 @@ class TorchSource:
     @property
     def native(self) -> nn.Module:
         """The copy, in eval mode; it never writes to its inputs."""
-        return _InputsKept(self._module) if self._writes else self._module
+        return InputsKept(self._module) if self._writes else self._module
 
     @property
     def sample(self) -> Arrays:
@@ -200,7 +198,7 @@ class TorchSource:
                 f"{self._name} is TorchScript, which cannot be exported. Give the torch.nn.Module "
                 "that it was made from."
             )
-        return _Flat(self._module, self.interface)
+        return Flat(self._module, self.interface)
 
     def dynamic_shapes(self) -> list[dict[int, Any] | None]:
         """For each flat input, what torch.export is told of its axes."""
@@ -243,7 +241,7 @@ class TorchSource:
             raise ConfigError(f"{self._name} returns no tensor; nothing can be compiled.")
         again = self._run(run.inputs)
         for first, second in zip(run.outputs, again.outputs, strict=True):
-            if not _close(first, second):
+            if not is_close(first, second):
                 raise ConfigError(
                     f"{self._name} gives another result when called again with the same input, in "
                     "eval mode: a compiled form of it could not be checked. Look for dropout that "
@@ -303,20 +301,22 @@ class TorchSource:
         model = frozen_copy(self.flat).cpu() if self.device.type != "cpu" else self.flat
         with quiet_run(self._module):
             try:
-                return self._to_onnx(model)
+                program = self._to_onnx(model)
+                if not any(map(_is_circular, program.model.graph)):
+                    return program
             except BigDLError:
                 raise
             except Exception as exc:
-                if "adaptive_" not in _first_cause(exc):
+                if "adaptive_" not in first_cause(exc):
                     raise ConfigError(self._export_fault(exc)) from exc
-            try:  # ONNX has no such pooling, but it can be said in other operators
-                return self._to_onnx(self.exported(model).run_decompositions(pooling_table()))
+            try:  # ONNX has no such pooling, OpenVINO no such padding: in other operators, then
+                return self._to_onnx(self.exported(model).run_decompositions(simpler_operators()))
             except Exception as exc:
                 raise ConfigError(self._export_fault(exc)) from exc
 
     def _to_onnx(self, model: Any) -> Any:
         shapes = self.dynamic_shapes()
-        with _own_kernels_of_rnns():
+        with own_kernels_of_rnns():
             return torch.onnx.export(
                 model,
                 self.example(),
@@ -337,207 +337,26 @@ class TorchSource:
         )
 
     def _export_fault(self, exc: Exception) -> str:
-        return f"{self._name} cannot be exported to ONNX: {_first_cause(exc)}" + (
+        return f"{self._name} cannot be exported to ONNX: {first_cause(exc)}" + (
             " (dynamic_axes=False fixes every length to the sample's)" if _is_shape(exc) else ""
         )
 
     def _compare(self, path: Path) -> None:
         """Refuse an export that gives other results than the model."""
-        checker = _checker(self.inputs, self.outputs)
-        if checker is None:
+        exported = run_onnx_file(path, self.inputs, self.outputs)
+        if exported is None:
             log.warning("No runtime is installed to check the exported %s.", self._name)
             return
-        accelerator, spec = checker
-        exported = accelerator.compile(_OnnxFile(path), spec, None)
         try:
-            verify(exported, self, f"The ONNX export of {self._name}")
+            verify(exported, self.runs, self.outputs, f"The ONNX export of {self._name}")
         finally:
             exported.close()
 
 
-class _OnnxFile:
-    """A source that is a file already."""
-
-    native = None
-    sample: Arrays = ()
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-
-    def bind(self, arrays: Sequence[np.ndarray]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        return tuple(arrays), {}
-
-    def onnx(self) -> Path:
-        return self._path
-
-
-def _checker(inputs: Sequence[TensorSpec], outputs: Sequence[TensorSpec]) -> Any:
-    """The first runtime that can run an ONNX file here, with a spec for it."""
-    for name in ("onnxruntime", "openvino"):
-        accelerator = ACCELERATORS.get(name)()
-        spec = Spec(
-            precision="fp32",
-            inputs=tuple(inputs),
-            outputs=tuple(outputs),
-            threads=machine.cores(),
-            config=accelerator.options(),
-        )
-        if accelerator.refuse(spec) is None:
-            return accelerator, spec
-    return None
-
-
-def verify(call: Any, source: TorchSource, who: str) -> None:
-    """Compare a flat call with the original at every length that was tried.
-
-    Raises:
-        ConfigError: It fails, or its results are not the original's.
-    """
-    for run in source.runs:
-        arrays = tuple(map(to_array, run.inputs))
-        lengths = ", ".join(str(tuple(array.shape)) for array in arrays)
-        try:
-            found = call(*arrays)
-        except BigDLError:
-            raise
-        except Exception as exc:
-            raise ConfigError(f"{who} fails for inputs {lengths}: {_first_cause(exc)}") from exc
-        for spec, array, wanted in zip(source.outputs, found, run.outputs, strict=True):
-            got = torch.from_numpy(np.ascontiguousarray(array))
-            if tuple(got.shape) != tuple(wanted.shape):
-                raise ConfigError(
-                    f"{who} gives {spec.name!r} the shape {tuple(got.shape)} for inputs "
-                    f"{lengths}; the original gives {tuple(wanted.shape)}."
-                )
-            if not _close(wanted, got):
-                raise ConfigError(
-                    f"{who} gives other results for {spec.name!r} than the original for inputs "
-                    f"{lengths}: they differ by up to {_distance(wanted, got):.3g}."
-                )
-
-
-# How far apart two computations of one thing may lie, as a share of its largest value.
-_TOLERANCE = {torch.float16: 2e-2, torch.bfloat16: 6e-2}
-
-
-def _close(wanted: torch.Tensor, got: torch.Tensor) -> bool:
-    if not (wanted.is_floating_point() or wanted.is_complex()):
-        same = wanted == got.to(wanted.dtype)
-        # a tie between two classes may fall either way, once in a while
-        return same.numel() == 0 or bool(same.float().mean() >= 0.98)
-    # where the original overflows or has no value, the other form must, too
-    a, b = wanted.double(), got.double()
-    finite = torch.isfinite(a)
-    if not torch.equal(finite, torch.isfinite(b)):
-        return False
-    tolerance = _TOLERANCE.get(wanted.dtype, 1e-3)
-    scale = a[finite].abs().max().item() if finite.any() else 0.0
-    return _distance(a, b) <= tolerance * scale + 1e-6
-
-
-def _distance(wanted: torch.Tensor, got: torch.Tensor) -> float:
-    a, b = wanted.double(), got.double()
-    finite = torch.isfinite(a) & torch.isfinite(b)
-    return (a[finite] - b[finite]).abs().max().item() if finite.any() else 0.0
-
-
-@contextmanager
-def quiet_run(model: nn.Module) -> Iterator[None]:
-    """No gradients, the global random streams put back, other libraries' warnings held."""
-    on_gpu = any(parameter.is_cuda for parameter in model.parameters())
-    devices = list(range(torch.cuda.device_count())) if on_gpu else []
-    streams = random.getstate(), np.random.get_state()
-    try:
-        with (
-            warnings.catch_warnings(),
-            torch.random.fork_rng(devices),
-            torch.inference_mode(False),  # a caller's: its tensors would stay bound to it
-            torch.no_grad(),
-        ):
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        random.setstate(streams[0])
-        np.random.set_state(streams[1])
-
-
-@contextmanager
-def _own_kernels_of_rnns() -> Iterator[None]:
-    """The exporter swaps in loops for recurrent layers, so that lengths can vary, but not in the
-    operators' cache: what an earlier export left there would fix the length, and what this one
-    leaves would reach the process's other work."""
-    operators = (torch.ops.aten.lstm.input, torch.ops.aten.gru.input)
-    try:
-        for operator in operators:
-            operator._dispatch_cache.clear()
-        yield
-    finally:
-        for operator in operators:
-            operator._dispatch_cache.clear()
-
-
-class _Flat(nn.Module):
-    """A model as flat tensors in, a tuple of flat tensors out."""
-
-    def __init__(self, model: nn.Module, interface: Interface) -> None:
-        super().__init__()
-        self.model = model
-        self.training = False
-        self._interface = interface
-
-    def train(self, mode: bool = True) -> _Flat:
-        self.training = False  # the model inside has its modes already
-        return self
-
-    def forward(self, *leaves: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        dtypes = [check.dtype for check in self._interface.checks]
-        # what NumPy lacks travels as float32
-        inputs = [leaf.to(dtype) for leaf, dtype in zip(leaves, dtypes, strict=True)]
-        args, kwargs = self._interface.call_form(inputs)
-        outputs, _ = flatten(self.model(*args, **kwargs))
-        seen: set[int] = {id(leaf) for leaf in (*leaves, *inputs)}
-        apart = []
-        for output in outputs:
-            if output.dtype is torch.bfloat16:
-                output = output.float()
-            # an output that is an input, or another output, needs a place of its own
-            apart.append(output.clone() if id(output) in seen else output)
-            seen.add(id(output))
-        return tuple(apart)
-
-
-class _InputsKept(nn.Module):
-    """A model that writes to its inputs, given copies."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-        self.training = False
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        args, kwargs = map_tensors(torch.clone, (args, kwargs))
-        return self.model(*args, **kwargs)
-
-
-def _as_module(model: Any) -> nn.Module:
-    """The module behind what was given.
-
-    Raises:
-        ArgumentError: There is none.
-    """
-    if isinstance(model, torch.export.ExportedProgram):
-        return model.module()
-    for name in ("_orig_mod", "module"):  # torch.compile, DataParallel and the like
-        wrapped = type(model).__name__ in ("OptimizedModule", *_WRAPPERS)
-        inner = getattr(model, name, None) if wrapped else None
-        if isinstance(inner, nn.Module):
-            return _as_module(inner)
-    if isinstance(model, nn.Module):
-        return model
-    raise ArgumentError(f"model is a {type(model).__name__}; need a torch.nn.Module.")
-
-
-_WRAPPERS = ("DataParallel", "DistributedDataParallel")
+def _is_circular(node: Any) -> bool:
+    """Whether an ONNX node pads with what lies at the other end."""
+    mode = node.attributes.get("mode") if node.op_type == "Pad" else None
+    return mode is not None and mode.as_string() == "wrap"
 
 
 def _argument_paths(arguments: Structure) -> list[tuple[str, str]]:
@@ -567,110 +386,6 @@ def _unique_names(arguments: Structure, result: Structure) -> list[str]:
     return names
 
 
-def _first_cause(exc: BaseException) -> str:
-    """The innermost reason, in one line."""
-    while exc.__cause__ is not None:
-        exc = exc.__cause__
-    lines = [line.strip() for line in str(exc).splitlines() if line.strip()]
-    text = lines[0] if lines else ""
-    return f"{type(exc).__name__}: {text[:300]}"
-
-
 def _is_shape(exc: BaseException) -> bool:
-    text = _first_cause(exc).lower()
+    text = first_cause(exc).lower()
     return any(word in text for word in ("dynamic", "symbolic", "constraint", "specializ"))
-
-
-# --- batches ----------------------------------------------------------------------------------
-
-# Entries of a dict batch that are labels although forward could take them (Hugging Face).
-_LABELS = ("labels", "label", "target", "targets")
-
-
-def split_batch(batch: Any, model: nn.Module, sample: Sample | None = None) -> tuple[Sample, Any]:
-    """Inputs and labels of one batch.
-
-    Of a tuple or list as many leading items are inputs as forward has required parameters, or as
-    the sample has entries; the rest are labels. Of a dict those entries are inputs that forward
-    has parameters for, or that the sample has. A tensor is an input without labels.
-
-    Args:
-        batch: What a loader gives.
-        model: Whose forward is asked.
-        sample: An example of the inputs, if there is one.
-
-    Returns:
-        The inputs, as a tuple (by position) or a dict (by keyword), and the labels: None if there
-        are none, the thing itself if there is one, else a tuple or a dict.
-
-    Raises:
-        DataError: There are fewer items than inputs.
-        ArgumentError: It is no batch.
-    """
-    if isinstance(batch, torch.Tensor):
-        return (batch,), None
-    if isinstance(batch, Mapping):
-        return _split_mapping(batch, model, sample)
-    if not isinstance(batch, (tuple, list)):
-        raise ArgumentError(
-            f"A batch is a {type(batch).__name__}; need a tensor, a tuple, a list or a dict."
-        )
-    if batch and isinstance(batch[0], Mapping) and _by_keyword(batch[0], model, sample):
-        return dict(batch[0]), _labels(tuple(batch[1:]))
-    count = _input_count(model, sample)
-    if len(batch) < count:
-        raise DataError(
-            f"A batch has {len(batch)} items, but {type(model).__name__} needs {count} inputs."
-        )
-    return tuple(batch[:count]), _labels(tuple(batch[count:]))
-
-
-def _labels(rest: tuple[Any, ...]) -> Any:
-    return (rest if len(rest) > 1 else rest[0]) if rest else None
-
-
-def _input_count(model: nn.Module, sample: Sample | None) -> int:
-    if isinstance(sample, torch.Tensor):
-        return 1
-    if isinstance(sample, (tuple, Mapping)):
-        return len(sample)
-    parameters = forward_signature(_as_module(model)).parameters.values()
-    positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    required = [p for p in parameters if p.kind in positional and p.default is p.empty]
-    return max(1, len(required))
-
-
-def _by_keyword(batch: Mapping[Any, Any], model: nn.Module, sample: Sample | None) -> bool:
-    if sample is not None:
-        return isinstance(sample, Mapping)
-    parameters = forward_signature(_as_module(model)).parameters
-    return len(batch) > 0 and all(key in parameters for key in batch)
-
-
-def _split_mapping(
-    batch: Mapping[Any, Any], model: nn.Module, sample: Sample | None
-) -> tuple[Sample, Any]:
-    if isinstance(sample, Mapping):
-        wanted = list(sample)
-    else:
-        parameters = forward_signature(_as_module(model)).parameters
-        wanted = [
-            name
-            for name, p in parameters.items()
-            if name in batch and (name not in _LABELS or p.default is p.empty)
-        ]
-    missing_keys = [name for name in wanted if name not in batch]
-    if not wanted and _input_count(model, sample) == 1:  # forward(batch): it takes the dict itself
-        return (batch,), None
-    if missing_keys or not wanted:
-        raise DataError(
-            f"A batch has the entries {', '.join(map(str, batch))}, "
-            + (
-                f"but no {missing_keys[0]!r}, which the sample has."
-                if missing_keys
-                else f"and {type(model).__name__}.forward has none of them as a parameter."
-            )
-        )
-    rest = {key: value for key, value in batch.items() if key not in wanted}
-    labels = (next(iter(rest.values())) if len(rest) == 1 else rest) if rest else None
-    return {name: batch[name] for name in wanted}, labels

@@ -1,4 +1,4 @@
-"""Adaptive pooling in terms of slices and reductions, for exporters that have no such operator."""
+"""Operators that an exporter or a runtime lacks, in terms of slices, joins and reductions."""
 
 from __future__ import annotations
 
@@ -9,11 +9,12 @@ import torch
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-__all__ = ["pooling_table"]
+__all__ = ["simpler_operators"]
 
 
-def pooling_table() -> dict[Any, Callable[..., Any]]:
-    """For ``ExportedProgram.run_decompositions``: adaptive pools of any size over fixed axes."""
+def simpler_operators() -> dict[Any, Callable[..., Any]]:
+    """For ``ExportedProgram.run_decompositions``: adaptive pools of any size over fixed axes, and
+    padding with what lies at the other end."""
     aten = torch.ops.aten
     return {
         aten.adaptive_avg_pool2d.default: _average,
@@ -22,6 +23,7 @@ def pooling_table() -> dict[Any, Callable[..., Any]]:
         aten._adaptive_avg_pool3d.default: _average,
         aten.adaptive_max_pool2d.default: _largest,
         aten.adaptive_max_pool3d.default: _largest,
+        aten.pad.default: _circular,
     }
 
 
@@ -45,4 +47,17 @@ def _by_axis(
         # torch's own ranges: from the floor to the ceiling
         ranges = [(i * length // cells, -(-(i + 1) * length // cells)) for i in range(cells)]
         x = torch.cat([reduce(x.narrow(axis, a, b - a), axis) for a, b in ranges], axis)
+    return x
+
+
+def _circular(
+    x: torch.Tensor, pad: Sequence[int], mode: str = "constant", value: float | None = None
+) -> Any:
+    """``pad`` begins with the last axis, a length before and one behind for each."""
+    if mode != "circular" or min(pad) < 0:
+        return NotImplemented
+    for number, (before, behind) in enumerate(zip(pad[::2], pad[1::2], strict=True), start=1):
+        axis = x.dim() - number
+        parts = (x.narrow(axis, x.shape[axis] - before, before), x, x.narrow(axis, 0, behind))
+        x = torch.cat(parts, axis)
     return x
