@@ -121,7 +121,7 @@ def main() -> None:
     tables = {str(world): measure(world, options.rounds) for world in options.processes}
     first = tables[str(options.processes[0])]
     reached = {
-        name: max(row["gloo_over_own"], row["gloo_over_buffer"]) >= GOAL
+        name: {way: row[f"gloo_over_{way}"] >= GOAL for way in ("own", "buffer")}
         for name, row in first.items()
     }
     print(
