@@ -34,6 +34,8 @@ if TYPE_CHECKING:
 __all__ = ["OpenVino", "OpenVinoCompiled", "OpenVinoConfig"]
 
 _FILE = "model.xml"
+# So many calls with one shape make it worth a compiled form of its own.
+OFTEN = 3
 _INT8_ONLY = ("preset", "fast_bias_correction", "model_type", "subset_size")
 _PURPOSE = "The accelerator 'openvino'"
 
@@ -169,7 +171,7 @@ class OpenVinoCompiled:
             return own or self._any
         with self._lock:
             self._seen[shapes] += 1
-            if self._seen[shapes] < 2 or not self._left or shapes in self._own:
+            if self._seen[shapes] < OFTEN or not self._left or shapes in self._own:
                 return self._own.get(shapes, self._any)
             self._left -= 1
             own = self._own[shapes] = self._fixed(shapes) or self._any

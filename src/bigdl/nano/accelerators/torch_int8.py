@@ -61,6 +61,8 @@ class TorchInt8:
         compiled = TorchInt8Compiled(graph, spec)
         try:
             compiled(*source.sample)  # compiles now, not at the user's first call
+            for arrays in _other_kind(source):
+                compiled(*arrays)
         except BigDLError:
             raise
         except Exception as exc:
@@ -117,6 +119,19 @@ class TorchInt8Compiled:
         self._call = self._graph = None
 
 
+def _other_kind(source: Any) -> list[Arrays]:
+    """Inputs of which another form is compiled than of the sample: it must not fail later."""
+    from bigdl.nano.pytorch.binding import to_array
+
+    def is_single(arrays: Arrays) -> bool:
+        return any(
+            arrays[i].shape[axis] == 1 for tie in source.interface.ties for i, axis in tie.members
+        )
+
+    runs = [tuple(map(to_array, run.inputs)) for run in source.runs]
+    return [arrays for arrays in runs if is_single(arrays) != is_single(source.sample)][:1]
+
+
 def _writable(array: np.ndarray) -> np.ndarray:
     """torch warns of arrays that it could write to by mistake."""
     return array if array.flags.writeable else array.copy()
@@ -167,6 +182,7 @@ def _exported(source: Any) -> Any:
     """The model as one graph of operators."""
     flat = copy.deepcopy(source.flat).cpu()
     _as_functions(flat, source.example())
+    _widen_single_channels(flat)
     return source.exported(flat).module(check_guards=False)
 
 
@@ -211,6 +227,32 @@ def _function(module: Any) -> Any:
             return module.forward(*args, **kwargs)
 
     return AsFunction()
+
+
+def _widen_single_channels(model: Any) -> None:
+    """Give convolutions of pictures with one channel a second one, of zeros.
+
+    A picture with one channel is in two memory layouts at once, and where the number of rows is
+    free, torch's compiler takes it for the one that its own int8 kernel does not return.
+    """
+    from torch import nn
+
+    for parent in list(model.modules()):
+        for name, child in parent._modules.items():
+            if type(child) in (nn.Conv2d, nn.Conv3d) and child.in_channels == 1:
+                parent._modules[name] = _two_channels(child)
+
+
+def _two_channels(conv: Any) -> Any:
+    import torch
+    from torch import nn
+
+    wide = copy.deepcopy(conv)
+    wide.in_channels = 2
+    weight = torch.cat([conv.weight, torch.zeros_like(conv.weight)], 1)
+    wide.weight = nn.Parameter(weight, requires_grad=False)
+    pad: Any = (0, 0) * (weight.dim() - 2) + (0, 1)  # the last axis first
+    return nn.Sequential(nn.ConstantPad3d(pad, 0.0), wide)
 
 
 def _calibrate(prepared: Any, batches: Iterator[Arrays]) -> None:

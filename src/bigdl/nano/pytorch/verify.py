@@ -78,7 +78,7 @@ def verify(call: Any, runs: Sequence[Run], outputs: Sequence[TensorSpec], who: s
     Raises:
         ConfigError: It fails, or its results are not the original's.
     """
-    for run in runs:
+    for run in {_lengths(run): run for run in runs}.values():
         arrays = tuple(map(to_array, run.inputs))
         lengths = ", ".join(str(tuple(array.shape)) for array in arrays)
         try:
@@ -99,6 +99,10 @@ def verify(call: Any, runs: Sequence[Run], outputs: Sequence[TensorSpec], who: s
                     f"{who} gives other results for {spec.name!r} than the original for inputs "
                     f"{lengths}: they differ by up to {_distance(wanted, got):.3g}."
                 )
+
+
+def _lengths(run: Run) -> tuple[torch.Size, ...]:
+    return tuple(tensor.shape for tensor in run.inputs)
 
 
 # How far apart two computations of one thing may lie, as a share of its largest value.
