@@ -172,6 +172,8 @@ class AcceleratorContract:
 
     def test_calls_from_several_threads(self, call: Any) -> None:
         jobs = [_inputs(20 + n, rows=1 + n % 3) for n in range(4)]
+        for job in jobs:  # a compiler may make another program once it has seen several sizes
+            call(*job)
         wanted = [call(*job) for job in jobs]
         wrong: list[str] = []
 
