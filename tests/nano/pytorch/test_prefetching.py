@@ -141,6 +141,14 @@ def test_refuses_without_a_loader():
     assert "DataLoader" in Prefetch().refuse(scene(list))
 
 
+def test_a_plan_with_it_applies_to_a_hand_written_loop():
+    from bigdl.nano.pytorch import Plan
+
+    net = torch.nn.Linear(1, 1)
+    with Plan.of("prefetch").apply(net, torch.optim.SGD(net.parameters(), 0.1)) as force:
+        assert force.names == ()
+
+
 # --- in a whole run ---------------------------------------------------------------------------
 
 

@@ -277,7 +277,9 @@ class Plan:
             deterministic=torch.are_deterministic_algorithms_enabled(),
             device=device_of(model),
         )
-        return InForce.start(self.candidates(), model, optimizers, scene, check=True)
+        # what works between a run's steps has no place in a loop that is not ours
+        of_the_step = [one for one in self.candidates() if not one.is_of_the_run]
+        return InForce.start(of_the_step, model, optimizers, scene, check=True)
 
     def candidates(self) -> list[Candidate]:
         """The chosen candidates, bound to what they settled on."""

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch.utils.data import BatchSampler, RandomSampler, SequentialSampler
 
+from bigdl._base.errors import ConfigError
 from bigdl.nano.pytorch import streams
 from bigdl.nano.pytorch.candidates import Applied, Candidate
 
@@ -56,8 +57,8 @@ class Prefetch(Candidate):
         optimizers: Sequence[torch.optim.Optimizer],
         scene: Scene,
     ) -> Applied:
-        if scene.readers is None:  # a plan in force on a hand-written loop
-            return Applied()
+        if scene.readers is None:
+            raise ConfigError("the batches do not come from a loader of this run")
         return _Ahead(scene.readers)
 
 
