@@ -41,6 +41,9 @@ __all__ = ["AcceleratorContract"]
 # Difference allowed: the largest, as a share of the original's largest output; of int8 the root
 # of the mean square, as a share of the original's.
 _TOLERANCE = {"fp32": 1e-4, "bf16": 3e-2, "int8": 1e-1}
+# The same for a model that was loaded, against the one that was saved: a compiler may make other
+# kernels of it, which round to bf16 in other places.
+_AGAIN = {"fp32": 1e-5, "bf16": 2.0**-7, "int8": 1e-5}
 _ROWS = 6
 
 
@@ -180,9 +183,7 @@ class AcceleratorContract:
         def work(number: int) -> None:
             try:
                 for _ in range(15):
-                    found = call(*jobs[number])
-                    for one, other in zip(found, wanted[number], strict=True):
-                        np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-5)
+                    self.assert_close(call(*jobs[number]), wanted[number])
             except Exception as exc:  # noqa: BLE001  (handed on to the test)
                 wrong.append(f"thread {number}: {exc}")
 
@@ -218,7 +219,8 @@ class AcceleratorContract:
         arrays = _inputs(18)
         found = _flat_call(source, loaded)(*arrays)
         for one, other in zip(found, call(*arrays), strict=True):
-            np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-6)
+            limit = _AGAIN[self.precision] * float(np.abs(other).max()) + 1e-6
+            np.testing.assert_allclose(one, other, rtol=0, atol=limit)
         loaded.close()
 
     def test_closed_twice_and_called_after(self, source: TorchSource, compiled: Compiled) -> None:
