@@ -4,8 +4,9 @@
 
 One JSON line for each model and runtime: milliseconds of a call by hand and by us (timed in
 turns in one process), the ratio, the difference in microseconds, and whether the results agree.
-The limits: at most 2 % and at most 50 us more. A last line has the small MLP against eager, for
-which the limit is 20 us, and what ``optimize`` says about it.
+The limits: at most 2 % and at most 50 us more. Of a call by hand under 1 ms, 2 % are less than it
+takes to look at one argument: there at most 20 us. A last line has the small MLP against eager,
+for which the limit is 20 us, and what ``optimize`` says about it.
 """
 
 from __future__ import annotations
@@ -116,6 +117,7 @@ def compare(runtime: str, name: str, turns: int) -> dict:
         timed = bench.compare({"hand": hand, "ours": ours}, warmup=20, turns=turns)
         difference = float((hand() - ours()).abs().max())
     ratio = 1 / bench.speedup(timed["hand"], timed["ours"])
+    hand_ms = timed["hand"].median_ms
     extra_us = statistics.median(
         1e3 * (statistics.median(b) - statistics.median(a))
         for a, b in zip(timed["hand"].turns, timed["ours"].turns, strict=True)
@@ -124,12 +126,12 @@ def compare(runtime: str, name: str, turns: int) -> dict:
         "benchmark": "overhead",
         "model": name,
         "runtime": runtime,
-        "hand_ms": round(timed["hand"].median_ms, 4),
+        "hand_ms": round(hand_ms, 4),
         "ours_ms": round(timed["ours"].median_ms, 4),
         "ratio": round(ratio, 4),
         "extra_us": round(extra_us, 1),
         "largest_difference": difference,
-        "kept": extra_us <= 50 and (ratio <= 1.02 or extra_us <= 20),
+        "kept": ratio <= 1.02 and extra_us <= 50 if hand_ms >= 1.0 else extra_us <= 20,
     }
 
 

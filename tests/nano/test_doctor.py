@@ -14,7 +14,7 @@ import pytest
 from bigdl._base import machine
 from bigdl._base.workers import Workers
 from bigdl.nano import doctor
-from bigdl.nano.pytorch.methods import METHODS
+from bigdl.nano.pytorch.inference.methods import METHODS
 
 NOTHING = dict.fromkeys(doctor.PACKAGES)
 
@@ -253,7 +253,7 @@ class TestSmallModel:
 
     def test_a_wrong_result_is_a_failure(self, monkeypatch):
         torch = pytest.importorskip("torch", reason="needs the [torch] extra")
-        from bigdl.nano.pytorch import smoke
+        from bigdl.nano.pytorch.inference import smoke
 
         class Wrong(torch.nn.Module):
             def forward(self, x):
@@ -269,7 +269,7 @@ class TestSmallModel:
 
     def test_leaves_the_random_streams_alone(self):
         torch = pytest.importorskip("torch", reason="needs the [torch] extra")
-        from bigdl.nano.pytorch import smoke
+        from bigdl.nano.pytorch.inference import smoke
 
         before = torch.get_rng_state()
         smoke._small_model()

@@ -81,10 +81,10 @@ SCOPED: dict[str, set[str]] = {
     "_base/nursery.py": {"os.chdir", "signal.signal"},
     "nano/accelerators/onnxruntime.py": {"addHandler", "setLevel"},
     "nano/accelerators/openvino.py": {"setLevel"},
-    "nano/pytorch/context.py": {"set_num_threads"},
-    "nano/pytorch/process.py": {"set_num_threads"},
-    "nano/pytorch/smoke.py": {"torch.manual_seed"},
-    "nano/pytorch/trial.py": {"set_num_threads"},
+    "nano/pytorch/inference/context.py": {"set_num_threads"},
+    "nano/pytorch/plan/process.py": {"set_num_threads"},
+    "nano/pytorch/inference/smoke.py": {"torch.manual_seed"},
+    "nano/pytorch/inference/trial.py": {"set_num_threads"},
     "testing/accelerator.py": {"torch.manual_seed"},
 }
 

@@ -176,4 +176,4 @@ def test_nothing_changes_beside_the_frameworks():
     changed, touched, loaded = json.loads(_python(SNAPSHOT + BESIDE_FRAMEWORKS))
     assert changed == {}
     assert touched == []
-    assert "bigdl.nano.pytorch.candidates" in loaded
+    assert "bigdl.nano.pytorch.plan.candidates" in loaded

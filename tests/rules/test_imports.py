@@ -32,7 +32,7 @@ CORE = {
 }
 
 # The training plan knows torch only; these put it into Lightning's Trainer.
-LIGHTNING = ("nano/pytorch/trainer.py", "nano/pytorch/module.py", "nano/pytorch/lightning_*.py")
+LIGHTNING = ("nano/pytorch/trainer.py", "nano/pytorch/module.py", "nano/pytorch/lightning/*")
 
 # A foreign library lives in the files named for it.
 FOREIGN = {
@@ -49,16 +49,16 @@ FOREIGN = {
     "pytorch_lightning": LIGHTNING,
     "lightning": LIGHTNING,
     "lightning_fabric": LIGHTNING,
-    "torchmetrics": ("nano/pytorch/metrics.py", "nano/pytorch/module.py"),
+    "torchmetrics": ("nano/pytorch/inference/metrics.py", "nano/pytorch/module.py"),
     "safetensors": (
         "nano/pytorch/*",
         "nano/accelerators/eager.py",
         "nano/accelerators/torch_*.py",
     ),
-    "xxhash": ("nano/pytorch/feature_cache.py",),
+    "xxhash": ("nano/pytorch/frozen/feature_cache.py",),
     "torchao": ("nano/accelerators/torch_int8.py",),
-    "onnx": ("nano/pytorch/export.py", "nano/accelerators/onnxruntime.py"),
-    "onnxscript": ("nano/pytorch/export.py",),
+    "onnx": ("nano/pytorch/export/source.py", "nano/accelerators/onnxruntime.py"),
+    "onnxscript": ("nano/pytorch/export/source.py",),
     "onnxruntime": ("nano/accelerators/onnxruntime.py",),
     "openvino": ("nano/accelerators/openvino.py",),
     "nncf": ("nano/accelerators/openvino.py",),

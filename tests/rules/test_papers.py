@@ -50,7 +50,7 @@ class TestPages:
             assert builtin in {kind.__name__ for kind in getattr(errors, name).__mro__}
 
     def test_every_method_is_described(self):
-        from bigdl.nano.pytorch.methods import METHODS
+        from bigdl.nano.pytorch.inference.methods import METHODS
 
         page = (ROOT / "docs" / "inference.md").read_text()
         rows = re.findall(r"^\| (`[^|]+) \|", page, re.M)

@@ -23,12 +23,12 @@ from bigdl._base.errors import ConfigError, TimeLimitError, WorkerLostError
 from bigdl._base.workers import Workers
 from bigdl.nano.accelerators import ACCELERATORS
 from bigdl.nano.accelerators.here import no_cpp
-from bigdl.nano.pytorch.methods import METHODS, method_of
+from bigdl.nano.pytorch.inference.methods import METHODS, method_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from bigdl.nano.pytorch.methods import Method
+    from bigdl.nano.pytorch.inference.methods import Method
 
 __all__ = ["Diagnosis", "Finding", "Run", "diagnose"]
 
@@ -225,7 +225,7 @@ def _import(module: str) -> None:
 
 
 def _run_small(method: Method) -> dict[str, Any]:
-    from bigdl.nano.pytorch.smoke import run_small
+    from bigdl.nano.pytorch.inference.smoke import run_small
 
     return run_small(method)
 

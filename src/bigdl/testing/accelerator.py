@@ -29,8 +29,8 @@ from bigdl.nano.accelerators.base import (
     Spec,
     make_config,
 )
-from bigdl.nano.pytorch.export import TorchSource
-from bigdl.nano.pytorch.structure import flatten
+from bigdl.nano.pytorch.export.source import TorchSource
+from bigdl.nano.pytorch.export.structure import flatten
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence

@@ -14,7 +14,7 @@ from torch import nn
 
 from bigdl.errors import AccuracyError, ConfigError
 from bigdl.nano.accelerators.base import Calibration
-from bigdl.nano.pytorch.accelerated import build
+from bigdl.nano.pytorch.inference.accelerated import build
 
 INT8 = ("openvino", "onnxruntime", "torch_int8")
 ROOT = Path(__file__).resolve().parents[3]
@@ -103,7 +103,7 @@ def test_digits(digits, accelerator):
 
 def test_the_quantized_layers_are_int8(digits, tmp_path):
     """What is saved holds 8-bit weights: the file is a fraction of the original's."""
-    from bigdl.nano.pytorch.storage import save
+    from bigdl.nano.pytorch.inference.storage import save
 
     wide = nn.Sequential(nn.Linear(256, 512), nn.ReLU(), nn.Linear(512, 10))
     x = torch.randn(64, 256)

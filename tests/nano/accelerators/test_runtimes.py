@@ -14,8 +14,8 @@ from torch import nn
 from bigdl.errors import ArgumentError, ConfigError
 from bigdl.nano.accelerators import ACCELERATORS
 from bigdl.nano.accelerators.base import Calibration, Config, Spec, TensorSpec, make_config
-from bigdl.nano.pytorch.accelerated import build
-from bigdl.nano.pytorch.export import TorchSource
+from bigdl.nano.pytorch.export.source import TorchSource
+from bigdl.nano.pytorch.inference.accelerated import build
 
 
 def make(accelerator, **more):

@@ -22,7 +22,7 @@ from bigdl.errors import (
     NotReadyError,
 )
 from bigdl.nano.accelerators.base import Calibration
-from bigdl.nano.pytorch.accelerated import AcceleratedModule, build
+from bigdl.nano.pytorch.inference.accelerated import AcceleratedModule, build
 
 FLAT = ("onnxruntime", "openvino")
 FORMS = ("eager", *FLAT)
@@ -198,13 +198,13 @@ def test_results_keep_their_structure_and_types(form, result):
 
 
 def tensors_in(value):
-    from bigdl.nano.pytorch.structure import flatten
+    from bigdl.nano.pytorch.export.structure import flatten
 
     return flatten(value)[0]
 
 
 def same(found, wanted):
-    from bigdl.nano.pytorch.structure import flatten
+    from bigdl.nano.pytorch.export.structure import flatten
 
     (one, form), (other, wanted_form) = flatten(found), flatten(wanted)
     assert form == wanted_form

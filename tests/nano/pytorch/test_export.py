@@ -12,8 +12,8 @@ from torch import nn
 
 from bigdl.errors import ArgumentError, ConfigError, DataError
 from bigdl.nano.accelerators.base import Source
-from bigdl.nano.pytorch.accelerated import build
-from bigdl.nano.pytorch.export import TorchSource, split_batch
+from bigdl.nano.pytorch.export.source import TorchSource, split_batch
+from bigdl.nano.pytorch.inference.accelerated import build
 
 FORMS = ("eager", "onnxruntime", "openvino")
 
@@ -207,7 +207,7 @@ def test_a_wrong_export_is_refused(monkeypatch):
 
 
 def _flat_of(source):
-    from bigdl.nano.pytorch.flat import Flat
+    from bigdl.nano.pytorch.export.flat import Flat
 
     return Flat(source._module, source.interface)
 
@@ -392,7 +392,7 @@ def test_padding_with_the_other_end(form):
 
 
 def test_weights_beside_a_large_file(monkeypatch):
-    monkeypatch.setattr("bigdl.nano.pytorch.export._ONE_FILE_BYTES", 1000)
+    monkeypatch.setattr("bigdl.nano.pytorch.export.source._ONE_FILE_BYTES", 1000)
     model = nn.Linear(64, 64)
     x = torch.randn(2, 64)
     for form in ("onnxruntime", "openvino"):
@@ -492,7 +492,7 @@ class Checked:
 
 
 def test_structures_through_json():
-    from bigdl.nano.pytorch.structure import Record, Structure, flatten
+    from bigdl.nano.pytorch.export.structure import Record, Structure, flatten
 
     value = {"a": [torch.zeros(1), (torch.ones(2), None, 3, "text")], 5: Checked(torch.ones(3))}
     tensors, structure = flatten(value)

@@ -10,8 +10,8 @@ import textwrap
 import pytest
 import torch
 
-from bigdl.nano.pytorch import feature_cache
-from bigdl.nano.pytorch.feature_cache import FeatureCache
+from bigdl.nano.pytorch.frozen import feature_cache
+from bigdl.nano.pytorch.frozen.feature_cache import FeatureCache
 
 
 class Doubling:
@@ -185,7 +185,7 @@ class TestBudget:
         code = textwrap.dedent(f"""
             import os, signal, torch
             from pathlib import Path
-            from bigdl.nano.pytorch.feature_cache import FeatureCache
+            from bigdl.nano.pytorch.frozen.feature_cache import FeatureCache
             cache = FeatureCache(memory_bytes=0, directory=Path({str(tmp_path)!r}))
             cache.hits = 1
             cache.take((torch.randn(9, 1000),), lambda inputs: (inputs[0] * 2,))

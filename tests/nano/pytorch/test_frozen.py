@@ -12,11 +12,11 @@ import torch
 from torch import nn
 
 from bigdl.errors import ConfigError
-from bigdl.nano.pytorch.candidates import Scene
 from bigdl.nano.pytorch.frozen import FrozenTrunk
 from bigdl.nano.pytorch.frozen import site as site_file
 from bigdl.nano.pytorch.frozen.choose import Budget
 from bigdl.nano.pytorch.frozen.watch import Watch
+from bigdl.nano.pytorch.plan.candidates import Scene
 
 
 @pytest.fixture(autouse=True)

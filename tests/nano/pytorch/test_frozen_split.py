@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 from bigdl.errors import ConfigError
-from bigdl.nano.pytorch.candidates import Scene
 from bigdl.nano.pytorch.frozen import FrozenTrunk
+from bigdl.nano.pytorch.plan.candidates import Scene
 
 torchvision = pytest.importorskip("torchvision")
 models = torchvision.models

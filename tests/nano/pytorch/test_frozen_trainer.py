@@ -14,7 +14,7 @@ callbacks = pytest.importorskip("pytorch_lightning.callbacks")
 
 from bigdl.nano.pytorch import Trainer  # noqa: E402
 from bigdl.nano.pytorch.frozen.site import Site  # noqa: E402
-from bigdl.nano.pytorch.plan import Plan  # noqa: E402
+from bigdl.nano.pytorch.plan.plan import Plan  # noqa: E402
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),

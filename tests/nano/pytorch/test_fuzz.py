@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from bigdl._base import trees
-from bigdl.nano.pytorch.accelerated import build
-from bigdl.nano.pytorch.axes import resize
+from bigdl.nano.pytorch.export.axes import resize
+from bigdl.nano.pytorch.inference.accelerated import build
 
 _spec = importlib.util.spec_from_file_location(
     "fuzz_models", Path(__file__).with_name("fuzz_models.py")

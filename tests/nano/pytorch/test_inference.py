@@ -31,10 +31,10 @@ from bigdl._base.errors import (
 )
 from bigdl._base.workers import Workers
 from bigdl.nano.pytorch import InferenceOptimizer
-from bigdl.nano.pytorch.batches import as_batches
-from bigdl.nano.pytorch.methods import METHODS, in_order, select
-from bigdl.nano.pytorch.optimizing import preload
-from bigdl.nano.pytorch.trial import Shipped
+from bigdl.nano.pytorch.inference.batches import as_batches
+from bigdl.nano.pytorch.inference.methods import METHODS, in_order, select
+from bigdl.nano.pytorch.inference.optimizing import preload
+from bigdl.nano.pytorch.inference.trial import Shipped
 from bigdl.nano.selection import Report
 
 FAST = ["channels_last", "openvino_fp32"]

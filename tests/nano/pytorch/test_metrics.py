@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from bigdl._base.errors import ArgumentError, ConfigError, DataError
-from bigdl.nano.pytorch.metrics import Agreement, read_metric
+from bigdl.nano.pytorch.inference.metrics import Agreement, read_metric
 
 # ragged batches, so that a mean over batches gives another number
 PREDICTIONS = [

@@ -10,8 +10,8 @@ from torch import nn
 
 from bigdl.errors import ArgumentError, ConfigError
 from bigdl.nano.pytorch import Plan
-from bigdl.nano.pytorch.candidates import NAMES
-from bigdl.nano.pytorch.plan import Row
+from bigdl.nano.pytorch.plan.candidates import NAMES
+from bigdl.nano.pytorch.plan.plan import Row
 
 
 @pytest.fixture

@@ -15,8 +15,8 @@ from torch import nn
 from bigdl._base import machine
 from bigdl._base.workers import run_in_child
 from bigdl.nano.pytorch import Plan
-from bigdl.nano.pytorch.candidates import Scene, candidate
-from bigdl.nano.pytorch.plan import device_of
+from bigdl.nano.pytorch.plan.candidates import Scene, candidate
+from bigdl.nano.pytorch.plan.plan import device_of
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="counts page faults")
 
@@ -218,7 +218,7 @@ def _faults_and_pages_given_back():
 
 
 def test_the_allocator_is_refused_beside_another(monkeypatch):
-    from bigdl.nano.pytorch import process
+    from bigdl.nano.pytorch.plan import process
 
     monkeypatch.setattr(process, "allocator_in_use", lambda: "jemalloc")
     assert "jemalloc" in candidate("allocator").refuse(scene(nn.Linear(1, 1)))

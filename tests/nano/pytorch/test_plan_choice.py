@@ -10,9 +10,11 @@ from torch import nn
 
 from bigdl.errors import ConfigError
 from bigdl.nano.pytorch import Guard
-from bigdl.nano.pytorch.candidates import NAMES, Applied, Candidate, Scene
-from bigdl.nano.pytorch.choice import Choice, best_known, kind_of, time_in_turns
-from bigdl.nano.pytorch.rehearsal import PlainRehearsal, Stage
+from bigdl.nano.pytorch.plan.best_known import best_known, kind_of
+from bigdl.nano.pytorch.plan.candidates import NAMES, Applied, Candidate, Scene
+from bigdl.nano.pytorch.plan.choice import Choice
+from bigdl.nano.pytorch.plan.rehearsal import PlainRehearsal, Stage
+from bigdl.nano.pytorch.plan.timing import time_in_turns
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset, RandomSampler
 
-from bigdl.nano.pytorch.candidates import Scene
-from bigdl.nano.pytorch.prefetching import Prefetch
+from bigdl.nano.pytorch.plan.candidates import Scene
+from bigdl.nano.pytorch.plan.prefetching import Prefetch
 
 
 class Rows(Dataset):

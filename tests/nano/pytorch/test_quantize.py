@@ -13,7 +13,7 @@ from torch import nn
 from bigdl._base.errors import AccuracyError, ArgumentError, ConfigError, NotReadyError
 from bigdl.nano.accelerators.onnxruntime import OnnxRuntimeConfig
 from bigdl.nano.pytorch import InferenceOptimizer
-from bigdl.nano.pytorch.onnx_mode import add_onnx_mode
+from bigdl.nano.pytorch.inference.onnx_mode import add_onnx_mode
 
 quantize = InferenceOptimizer.quantize
 

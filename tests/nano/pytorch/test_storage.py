@@ -19,8 +19,8 @@ from torch import nn
 
 from bigdl.errors import ArgumentError, ConfigError, StoredModelError
 from bigdl.nano.accelerators.base import Calibration
-from bigdl.nano.pytorch.accelerated import AcceleratedModule, build
-from bigdl.nano.pytorch.storage import load, save
+from bigdl.nano.pytorch.inference.accelerated import AcceleratedModule, build
+from bigdl.nano.pytorch.inference.storage import load, save
 
 Out = namedtuple("Out", "scores best")
 
@@ -135,7 +135,7 @@ def test_in_a_fresh_process_without_the_class(folders, form):
     folder, _, fast = folders[form]
     code = f"""
     import sys, torch
-    from bigdl.nano.pytorch.storage import load
+    from bigdl.nano.pytorch.inference.storage import load
     fast = load({str(folder)!r})
     out = fast(torch.linspace(-1, 1, 12).reshape(3, 4))
     assert "test_storage" not in sys.modules

@@ -16,10 +16,10 @@ from torch.utils.data import DataLoader, TensorDataset
 from bigdl._base import machine
 from bigdl.errors import ArgumentError, ConfigError
 from bigdl.nano.pytorch import Guard, Plan, Trainer
-from bigdl.nano.pytorch.candidates import NAMES
-from bigdl.nano.pytorch.choice import Timing
-from bigdl.nano.pytorch.lightning_session import Session
-from bigdl.nano.pytorch.rehearsal import Stage
+from bigdl.nano.pytorch.lightning.session import Session
+from bigdl.nano.pytorch.plan.candidates import NAMES
+from bigdl.nano.pytorch.plan.rehearsal import Stage
+from bigdl.nano.pytorch.plan.timing import Timing
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),

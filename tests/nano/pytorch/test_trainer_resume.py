@@ -19,9 +19,10 @@ from torch.utils.data import (
 )
 
 from bigdl.errors import StoredModelError
-from bigdl.nano.pytorch import Plan, Trainer, streams
-from bigdl.nano.pytorch.lightning_session import Session
-from bigdl.nano.pytorch.rehearsal import Stage
+from bigdl.nano.pytorch import Plan, Trainer
+from bigdl.nano.pytorch.lightning.session import Session
+from bigdl.nano.pytorch.plan import streams
+from bigdl.nano.pytorch.plan.rehearsal import Stage
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),

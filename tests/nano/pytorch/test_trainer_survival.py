@@ -16,8 +16,8 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
 from bigdl.nano.pytorch import Trainer
-from bigdl.nano.pytorch.lightning_session import Session
-from bigdl.nano.pytorch.rehearsal import Stage
+from bigdl.nano.pytorch.lightning.session import Session
+from bigdl.nano.pytorch.plan.rehearsal import Stage
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),

@@ -170,7 +170,7 @@ class _Compiling:
     def _marked(self, args: Any, kwargs: Any) -> tuple[Any, Any]:
         import torch
 
-        from bigdl.nano.pytorch.structure import flatten
+        from bigdl.nano.pytorch.export.structure import flatten
 
         tensors, structure = flatten((args, kwargs))
         if len(tensors) != len(self._inputs):

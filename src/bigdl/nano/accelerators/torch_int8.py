@@ -51,7 +51,7 @@ class TorchInt8:
     def compile(
         self, source: Source, spec: Spec, calibration: Calibration | None
     ) -> TorchInt8Compiled:
-        from bigdl.nano.pytorch.export import TorchSource
+        from bigdl.nano.pytorch.export.source import TorchSource
 
         if not isinstance(source, TorchSource):
             raise ConfigError("torch_int8 quantizes PyTorch modules, and this model is not one.")
@@ -121,7 +121,7 @@ class TorchInt8Compiled:
 
 def _other_kind(source: Any) -> list[Arrays]:
     """Inputs of which another form is compiled than of the sample: it must not fail later."""
-    from bigdl.nano.pytorch.binding import to_array
+    from bigdl.nano.pytorch.export.binding import to_array
 
     def is_single(arrays: Arrays) -> bool:
         return any(

@@ -10,7 +10,7 @@ from torch import nn
 
 from bigdl._base.errors import ConfigError, NotReadyError
 from bigdl.nano.accelerators.torch_modules import write_weights
-from bigdl.nano.pytorch.structure import flatten, map_tensors
+from bigdl.nano.pytorch.export.structure import flatten, map_tensors
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence

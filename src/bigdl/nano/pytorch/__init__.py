@@ -9,16 +9,16 @@ from bigdl._base import optional as _optional
 
 if TYPE_CHECKING:
     from bigdl.nano.pytorch.guard import Guard
-    from bigdl.nano.pytorch.inference import InferenceOptimizer
-    from bigdl.nano.pytorch.plan import Plan
+    from bigdl.nano.pytorch.inference.optimizer import InferenceOptimizer
+    from bigdl.nano.pytorch.plan.plan import Plan
     from bigdl.nano.pytorch.trainer import Trainer
 
 __all__ = ["Guard", "InferenceOptimizer", "Plan", "Trainer"]
 
 _HOMES = {
     "Guard": "bigdl.nano.pytorch.guard",
-    "InferenceOptimizer": "bigdl.nano.pytorch.inference",
-    "Plan": "bigdl.nano.pytorch.plan",
+    "InferenceOptimizer": "bigdl.nano.pytorch.inference.optimizer",
+    "Plan": "bigdl.nano.pytorch.plan.plan",
     "Trainer": "bigdl.nano.pytorch.trainer",
 }
 

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from bigdl._base.errors import ArgumentError, ConfigError, DataError, NotReadyError
-from bigdl.nano.pytorch.lightning_host import pl
+from bigdl.nano.pytorch.lightning.host import pl
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping

@@ -12,14 +12,14 @@ from bigdl._base.errors import ArgumentError, ConfigError
 from bigdl._base.registry import nearest
 from bigdl.nano.pytorch import old_names
 from bigdl.nano.pytorch.guard import Guard
-from bigdl.nano.pytorch.inference import InferenceOptimizer
-from bigdl.nano.pytorch.lightning_guests import at_home, receiving
-from bigdl.nano.pytorch.lightning_host import part, pl
-from bigdl.nano.pytorch.lightning_resume import install
-from bigdl.nano.pytorch.lightning_session import Session
+from bigdl.nano.pytorch.inference.onnx_mode import add_onnx_mode
+from bigdl.nano.pytorch.inference.optimizer import InferenceOptimizer
+from bigdl.nano.pytorch.lightning.guests import at_home, receiving
+from bigdl.nano.pytorch.lightning.host import part, pl
+from bigdl.nano.pytorch.lightning.resume import install
+from bigdl.nano.pytorch.lightning.session import Session
 from bigdl.nano.pytorch.module import CompiledModule, compiled
-from bigdl.nano.pytorch.onnx_mode import add_onnx_mode
-from bigdl.nano.pytorch.plan import Plan
+from bigdl.nano.pytorch.plan.plan import Plan
 from bigdl.nano.pytorch.trainer_names import LATER, TRAINER
 
 if TYPE_CHECKING:

@@ -12,18 +12,18 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from bigdl._base.errors import ConfigError
 from bigdl._base.registry import nearest
-from bigdl.nano.pytorch.candidates import Applied, Candidate
 from bigdl.nano.pytorch.frozen.choose import Budget
 from bigdl.nano.pytorch.frozen.find import Place, find_places, is_live, why_none
 from bigdl.nano.pytorch.frozen.forms import FORMS, Form, gentler_than
 from bigdl.nano.pytorch.frozen.site import Made, Site, Terms
+from bigdl.nano.pytorch.plan.candidates import Applied, Candidate
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     import torch
 
-    from bigdl.nano.pytorch.candidates import Scene
+    from bigdl.nano.pytorch.plan.candidates import Scene
 
 __all__ = ["FrozenTrunk"]
 

@@ -11,12 +11,12 @@ import numpy as np
 import torch
 from torch.autograd import forward_ad
 
-from bigdl.nano.pytorch.structure import flatten
+from bigdl.nano.pytorch.export.structure import flatten
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from bigdl.nano.pytorch.structure import Structure
+    from bigdl.nano.pytorch.export.structure import Structure
 
     Tensors = tuple[torch.Tensor, ...]
 

@@ -17,7 +17,7 @@ from bigdl._base.errors import ConfigError
 from bigdl.nano.accelerators import ACCELERATORS
 from bigdl.nano.accelerators.base import Calibration, Spec
 from bigdl.nano.accelerators.here import no_bf16
-from bigdl.nano.pytorch.binding import to_array, to_tensor
+from bigdl.nano.pytorch.export.binding import to_array, to_tensor
 from bigdl.nano.pytorch.frozen.split import Called
 from bigdl.nano.pytorch.frozen.steps import CallTracer
 
@@ -272,7 +272,7 @@ def _through(name: str, precision: Precision) -> dict[str, Any]:
 
 
 def _accelerated(name: str, precision: Precision, subject: Subject) -> Runner:
-    from bigdl.nano.pytorch.export import TorchSource
+    from bigdl.nano.pytorch.export.source import TorchSource
 
     accelerator = ACCELERATORS.get(name)()
     source = subject.shared.get("source")

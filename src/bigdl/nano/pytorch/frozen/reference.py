@@ -12,11 +12,11 @@ import torch
 from torch import nn
 
 from bigdl._base.errors import ConfigError
+from bigdl.nano.pytorch.export.structure import Structure, flatten
 from bigdl.nano.pytorch.frozen.call import Streams, as_now
 from bigdl.nano.pytorch.frozen.find import stirred_by
 from bigdl.nano.pytorch.frozen.forms import Subject, drift
 from bigdl.nano.pytorch.frozen.steps import traces
-from bigdl.nano.pytorch.structure import Structure, flatten
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any, Final
 import torch
 
 from bigdl._base.errors import BigDLError, ConfigError
-from bigdl.nano.pytorch.feature_cache import FeatureCache
 from bigdl.nano.pytorch.frozen.call import Kind, as_now, is_plain, kind_of, quiet
 from bigdl.nano.pytorch.frozen.choose import Budget, Chosen, choose
+from bigdl.nano.pytorch.frozen.feature_cache import FeatureCache
 from bigdl.nano.pytorch.frozen.forms import drift, gentler_than
 from bigdl.nano.pytorch.frozen.reference import FlatTrunk, take_reference
 from bigdl.nano.pytorch.frozen.split import make_trunk
@@ -24,11 +24,11 @@ from bigdl.nano.pytorch.frozen.watch import Watch
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
+    from bigdl.nano.pytorch.export.structure import Structure
     from bigdl.nano.pytorch.frozen.find import Place
     from bigdl.nano.pytorch.frozen.forms import Form, Subject, Tensors
     from bigdl.nano.pytorch.frozen.reference import Reference
     from bigdl.nano.pytorch.frozen.split import Trunk
-    from bigdl.nano.pytorch.structure import Structure
 
 __all__ = ["Made", "Site", "Terms"]
 

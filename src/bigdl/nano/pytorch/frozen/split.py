@@ -28,7 +28,7 @@ from bigdl.nano.pytorch.frozen.steps import (
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterable
 
-    from bigdl.nano.pytorch.structure import Structure
+    from bigdl.nano.pytorch.export.structure import Structure
 
 __all__ = ["Called", "Trunk", "make_trunk"]
 

@@ -19,7 +19,7 @@ from bigdl.nano.pytorch.frozen.call import Streams
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
-    from bigdl.nano.pytorch.structure import Structure
+    from bigdl.nano.pytorch.export.structure import Structure
 
 __all__ = [
     "CallTracer",

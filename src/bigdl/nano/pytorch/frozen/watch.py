@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from bigdl.nano.pytorch.feature_cache import find_hash
+from bigdl.nano.pytorch.frozen.feature_cache import find_hash
 
 if TYPE_CHECKING:
     from collections.abc import Iterable

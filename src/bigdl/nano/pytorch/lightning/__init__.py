@@ -1,0 +1,1 @@
+"""The plan, exact resume and guests inside Lightning's loop."""
