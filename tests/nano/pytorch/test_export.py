@@ -347,6 +347,19 @@ def test_hugging_face_models(form):
 
 
 @pytest.mark.parametrize("form", FORMS)
+def test_a_mask_of_ones_in_the_sample(form):
+    """The model does not look at such a mask, and must still look at others later."""
+    model = tiny_bert().eval()
+    sample = words(2, 8)
+    sample["attention_mask"] = torch.ones_like(sample["attention_mask"])
+    fast = make(model, sample, form)
+    for mask in (sample["attention_mask"], words(2, 8)["attention_mask"]):
+        batch = {"input_ids": sample["input_ids"], "attention_mask": mask}
+        with torch.no_grad():
+            same(fast(**batch).logits, model(**batch).logits)
+
+
+@pytest.mark.parametrize("form", FORMS)
 def test_a_decoder_without_and_with_its_cache(form):
     transformers = pytest.importorskip("transformers")
     config = transformers.GPT2Config(

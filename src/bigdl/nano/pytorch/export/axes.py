@@ -166,22 +166,29 @@ class _Prober:
         self.base = pair[0].inputs
         if len(group.members) == 1:
             return [group]
-        alone = [m for m in group.members if self._stands_alone(m, pair[0])]
-        together = tuple(m for m in group.members if m not in alone)
+        found = {m: self._apart((m,), pair[0]) for m in group.members}
+        alone = [m for m in group.members if found[m] is not None]
+        together = tuple(m for m in group.members if found[m] is None)
+        # Both sides must be able to go their own way: where a model looks at an argument only
+        # when it has to (a mask of ones), the others seem to need no company, and do.
+        rest = self._apart(together, pair[0]) if together and alone else None
+        if together and rest is None:
+            return [group]
+        self.runs += [run for run in (*found.values(), rest) if run is not None]
         groups = [_Group((m,), group.length) for m in alone]
         return groups + ([_Group(together, group.length)] if together else [])
 
-    def _stands_alone(self, member: Axis, run: Run) -> bool:
-        i, axis = member
-        inputs = self.resized([member], run.inputs[i].shape[axis] + 1, run.inputs)
+    def _apart(self, members: Sequence[Axis], run: Run) -> Run | None:
+        """A run with ``members`` longer than the others; None if they cannot be, to an effect."""
+        i, axis = members[0]
+        inputs = self.resized(members, run.inputs[i].shape[axis] + 1, run.inputs)
         found = self.attempt(inputs)
         if found is None or found.ranks != run.ranks:
-            return False
+            return None
         # a model may silently leave out the rows that are too many: they must have had a part
         if all(map(_same, found.outputs, run.outputs)):
-            return False
-        self.runs.append(found)
-        return True
+            return None
+        return found
 
     def least(self, group: _Group) -> int:
         """1 if the model gives outputs of the same form for a length of 1, else 2."""
