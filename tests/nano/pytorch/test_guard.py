@@ -110,6 +110,15 @@ def test_a_chaotic_step_asks_no_more_than_of_itself():
     assert Guard(0.01, 0.9).judge(Difference(loss_change=0.009, cosine=0.91), calm) is None
 
 
+def test_a_gradient_without_a_direction_has_none_to_keep():
+    noise = Difference(loss_change=0.02, cosine=0.49, is_equal=False)
+    assert Guard().judge(Difference(loss_change=0.059, cosine=-0.3), noise) is None
+    assert "more than 6.00%" in Guard().judge(Difference(loss_change=0.061, cosine=-0.3), noise)
+    assert "times as long" in Guard().judge(Difference(cosine=-0.3, norm_ratio=2.5), noise)
+    calmer = Difference(loss_change=0.02, cosine=0.5, is_equal=False)
+    assert "turns" in Guard().judge(Difference(cosine=-0.3), calmer)
+
+
 def test_the_exact_guard_is_never_widened():
     noise = Difference(loss_change=1.0, cosine=0.0, is_equal=False)
     assert "bit for bit" in Guard(0, 1).judge(Difference(is_equal=False), noise)

@@ -26,6 +26,10 @@ _NORMS = (0.5, 2.0)
 Vectors: TypeAlias = "tuple[torch.Tensor | None, ...]"
 
 
+# Of a step whose own cosine under noise is less, the gradient has no direction to keep.
+_CHAOTIC = 0.5
+
+
 @dataclass(frozen=True)
 class Guard:
     """Limits that a candidate must keep on the probe batches, against the user's own step.
@@ -33,7 +37,10 @@ class Guard:
     Both widen to what the user's own step shows when its inputs, and what each of its layers
     gives and gets back, carry relative noise of 2⁻⁹: three times its move of the loss; its own
     cosine less 0.02 and a quarter of what it lacks to 1, as one draw of noise is an estimate.
-    ``Guard(0, 1)`` is never widened: only steps that are equal bit for bit pass.
+    Where its own cosine is under 0.5, rounding and not the batch decides where the gradient
+    points (a deep network with batch norm and fresh weights): then the loss and the gradient's
+    norm alone are judged. ``Guard(0, 1)`` is never widened: only steps that are equal bit for bit
+    pass.
 
     Args:
         loss: Largest relative move of the loss.
@@ -83,7 +90,8 @@ class Guard:
         loss, cosine = self.loss, self.cosine
         if noise is not None and noise.problem is None:
             loss = max(loss, 3 * noise.loss_change)
-            cosine = min(cosine, noise.cosine - 0.02 - 0.25 * (1 - noise.cosine))
+            own = noise.cosine
+            cosine = min(cosine, own - 0.02 - 0.25 * (1 - own) if own >= _CHAOTIC else -1.0)
         if difference.loss_change > loss:
             return f"the loss moves by {difference.loss_change:.2%}, more than {loss:.2%}"
         if difference.cosine < cosine:
