@@ -239,6 +239,21 @@ def test_types_must_stay(choose):
 # --- the clock --------------------------------------------------------------------------------
 
 
+def test_long_steps_beside_something_else_are_timed_again():
+    others = iter([0.5, 1.6, 0.5, 0.5])
+    timing = time_in_turns(lambda steps: 1.0, lambda steps: next(others), limit_s=1)
+    assert timing.speedup == pytest.approx(2)
+    assert timing.is_faster
+    assert next(others, None) is None
+
+
+def test_long_steps_that_never_agree_are_let_be():
+    others = iter([0.1, 3.0, 0.1, 3.0, 0.1, 0.2])
+    timing = time_in_turns(lambda steps: 1.0, lambda steps: next(others), limit_s=1)
+    assert not timing.is_faster
+    assert next(others, None) is None
+
+
 def test_long_steps_are_timed_twice_and_short_ones_until_clear():
     calls = []
 

@@ -14,6 +14,8 @@ __all__ = ["LONG_STEP_S", "Timing", "slower", "time_in_turns", "timing_of"]
 
 #: Steps this long are timed twice after a warm-up; shorter ones until 2 % are resolved.
 LONG_STEP_S = 0.2
+#: Turns that long steps get at most.
+_MOST_LONG = 6
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,20 +39,30 @@ class Timing:
         """Whether the second is faster beyond doubt."""
         return self.speedup - self.doubt > 1.0 and self.speedup > 1.01
 
+    @property
+    def is_unclear(self) -> bool:
+        """Whether the second may well be faster, and the turns are too few to say so."""
+        return self.speedup > 1.05 and not self.is_faster
+
 
 def time_in_turns(own: Any, other: Any, *, limit_s: float) -> Timing:
     """Time ``own(n)`` and ``other(n)``, each the seconds of a step over n steps, in turns.
 
-    Both have taken a step before. Long steps get two turns; short ones blocks of some 20 ms,
-    at least six turns, and more until the doubt is below 1 % or the answer is clear.
+    Both have taken a step before. Long steps get two turns, and more while the second seems much
+    faster and the turns disagree; short ones blocks of some 20 ms, at least six turns, and more
+    until the doubt is below 1 % or the answer is clear.
     """
     first, second = own(1), other(1)
     step_s = max(first, second)
     if step_s >= LONG_STEP_S:
         again = other(1)  # in mirrored order: a machine that slows down meets both alike
-        return timing_of([(first, second), (own(1), again)])
+        turns = [(first, second), (own(1), again)]
+        # something else ran beside one of them: ask again, where there is something to win
+        while len(turns) < _MOST_LONG and (timing := timing_of(turns)).is_unclear:
+            turns.append((own(1), other(1)))
+        return timing_of(turns)
     steps = max(1, min(200, round(0.02 / max(step_s, 1e-6))))
-    turns: list[tuple[float, float]] = []
+    turns = []
     spent = 0.0
     while len(turns) < 40:
         # who comes first changes: what slows a machine down does not hit the same one
@@ -80,6 +92,9 @@ def timing_of(turns: Sequence[tuple[float, float]]) -> Timing:
     else:
         spread = 1.4826 * statistics.median(abs(one - middle) for one in ratios)
         doubt = 2 * 1.2533 * spread / math.sqrt(len(turns))  # two standard errors of a median
+    against = sum(one * middle < 0 for one in ratios)
+    if len(turns) <= _MOST_LONG and 4 * against > len(turns):
+        doubt = max(doubt, abs(middle))  # too few turns for so many that say the contrary
     return Timing(
         own_s=statistics.median(a for a, _ in turns),
         other_s=statistics.median(b for _, b in turns),
