@@ -289,12 +289,12 @@ class Choice:
                 if by_update is not None:
                     difference = by_update if is_update else difference.worse(by_update)
             total = difference if total is None else total.worse(difference)
-            if not any(one.changes_numbers for one in (*self._chosen, *candidates)):
-                # nothing may differ but by the order in which threads add up
-                continue
+            if not any(one.changes_numbers for one in candidates):
+                continue  # what is chosen was judged before
             reason = self._guard.judge(total, original.noise)
             if reason is not None:
-                return reason, total
+                beside = ", ".join(one.name for one in self._chosen)
+                return reason + (f" (together with {beside})" if beside else ""), total
         if self._guard.is_exact and not self._stays_equal(candidates):
             return "the steps after the first are not equal bit for bit", total
         return None, total
