@@ -11,6 +11,7 @@ from importlib.util import find_spec
 import pytest
 
 LIGHT = ["bigdl", "bigdl.errors", "bigdl.nano", "bigdl.nano.accelerators", "bigdl.nano.pytorch"]
+LIGHT += ["bigdl.orca.learn", "bigdl.orca.learn.program", "bigdl.orca.learn.pytorch"]
 LIMIT_S = 0.3
 FRAMEWORKS = {
     "torch", "torchvision", "pytorch_lightning", "lightning", "torchmetrics", "tensorflow",

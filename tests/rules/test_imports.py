@@ -41,6 +41,7 @@ FOREIGN = {
         "nano/accelerators/eager.py",  # the frameworks' own ways to run a model
         "nano/accelerators/torch_*.py",
         "nano/accelerators/ipex.py",
+        "orca/learn/pytorch/*",
         "testing/accelerator.py",
     ),
     "torchvision": ("nano/pytorch/vision/*",),

@@ -1,0 +1,166 @@
+"""What a user of PyTorch trains: model, optimizer, loss, scheduler; instances or creators."""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+
+from bigdl._base.calls import shown
+from bigdl._base.errors import ArgumentError, ConfigError
+from bigdl.orca.learn.pytorch.losses import LossReduction, read_loss
+from bigdl.orca.learn.pytorch.metrics import read_metrics
+from bigdl.orca.learn.pytorch.streams import Streams
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+    from bigdl.orca.learn.program import WorkerContext
+    from bigdl.orca.learn.pytorch.replica import TorchReplica
+
+__all__ = ["TorchProgram"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TorchProgram:
+    """A model and what trains it. Only training needs optimizer and loss.
+
+    Args:
+        model: A module, or ``model(config)``.
+        optimizer: One over the model's parameters, or ``optimizer(model, config)``.
+        loss: ``loss(output, labels)``; a module of ``torch.nn`` or a function.
+        scheduler: One over the optimizer, or ``scheduler(optimizer, config)``.
+        scheduler_interval: When it steps: after whole epochs, or after each update.
+        loss_reduction: "sum" if the loss is a sum over rows; None = as the loss says, else a mean.
+        metrics: One, a list, or a dict with keys of the user's own.
+        config: Given to creators.
+
+    Raises:
+        ArgumentError: A part is of the wrong kind.
+        ConfigError: Parts do not go together.
+    """
+
+    model: torch.nn.Module | Callable[[dict[str, Any]], torch.nn.Module]
+    optimizer: Any = None
+    loss: Any = None
+    scheduler: Any = None
+    scheduler_interval: Literal["epoch", "step"] = "epoch"
+    loss_reduction: LossReduction = None
+    metrics: Any = None
+    config: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        _check_kind("model", self.model, torch.nn.Module, "(config)")
+        if self.optimizer is not None:
+            _check_kind("optimizer", self.optimizer, torch.optim.Optimizer, "(model, config)")
+        if isinstance(self.optimizer, torch.optim.Optimizer):
+            if not isinstance(self.model, torch.nn.Module):
+                raise ConfigError(
+                    "The optimizer is an instance but the model a function, so it holds other "
+                    "parameters. Give a function of (model, config) as the optimizer."
+                )
+            _check_optimizer(self.optimizer, self.model)
+        if self.scheduler is not None and not _is_scheduler(self.scheduler):
+            if not callable(self.scheduler):
+                raise ArgumentError(
+                    "scheduler has to be one of torch.optim.lr_scheduler or a function of "
+                    f"(optimizer, config), not {shown(self.scheduler)}."
+                )
+        elif self.scheduler is not None and self.scheduler.optimizer is not self.optimizer:
+            raise ConfigError("The scheduler is of another optimizer than the one given.")
+        if self.scheduler_interval not in ("epoch", "step"):
+            raise ConfigError(
+                f'scheduler_interval={self.scheduler_interval!r}: need "epoch" or "step".'
+            )
+        if self.loss is not None:
+            read_loss(self.loss, self.loss_reduction)
+        read_metrics(self.metrics)
+
+    def build(self, ctx: WorkerContext) -> TorchReplica:
+        """Make this worker's replica; all workers do it at the same time.
+
+        What creators make is made from the same random streams on every worker, and the
+        weights are rank 0's.
+        """
+        from bigdl.orca.learn.pytorch.replica import TorchReplica
+
+        config = dict(self.config)
+        with Streams(ctx.seed).drawn():
+            model = self.model
+            if not isinstance(model, torch.nn.Module):
+                model = _made("model", model(config), torch.nn.Module)
+            optimizer = self.optimizer
+            if optimizer is not None and not isinstance(optimizer, torch.optim.Optimizer):
+                made = optimizer(model, config)
+                optimizer = _made("optimizer", made, torch.optim.Optimizer)
+                _check_optimizer(optimizer, model)
+            scheduler = self.scheduler
+            if scheduler is not None and not _is_scheduler(scheduler):
+                scheduler = scheduler(optimizer, config)
+                if not _is_scheduler(scheduler):
+                    raise ConfigError(f"The scheduler's function gave {shown(scheduler)}.")
+        replica = TorchReplica(
+            ctx=ctx,
+            model=model,
+            optimizer=optimizer,
+            loss=None if self.loss is None else read_loss(self.loss, self.loss_reduction),
+            scheduler=scheduler,
+            scheduler_interval=self.scheduler_interval,
+            metrics=read_metrics(self.metrics),
+        )
+        if model is not self.model:
+            replica.equalize()
+        return replica
+
+
+def _check_kind(name: str, value: Any, kind: type, arguments: str) -> None:
+    if isinstance(value, kind):
+        return
+    if not callable(value):
+        raise ArgumentError(
+            f"{name} has to be a {kind.__name__} or a function of {arguments}, not {shown(value)}."
+        )
+    wanted = arguments.count(",") + 1
+    try:
+        inspect.signature(value).bind(*range(wanted))
+    except TypeError as exc:
+        raise ArgumentError(
+            f"{name} is a function that cannot be called with {arguments}: {exc}. Give an "
+            f"instance, or a function of {arguments}."
+        ) from None
+    except ValueError:
+        return  # built in: nobody knows its parameters
+
+
+def _made(name: str, value: Any, kind: type) -> Any:
+    if not isinstance(value, kind):
+        raise ConfigError(
+            f"The function given as {name} returned {shown(value)}: need a {kind.__name__}."
+        )
+    return value
+
+
+def _check_optimizer(optimizer: torch.optim.Optimizer, model: torch.nn.Module) -> None:
+    if isinstance(optimizer, torch.optim.LBFGS):
+        raise ConfigError(
+            "LBFGS evaluates the model many times in a step, which workers cannot do together. "
+            "Use an optimizer that needs no closure."
+        )
+    known = {id(parameter) for parameter in model.parameters()}
+    foreign = sum(
+        id(parameter) not in known
+        for group in optimizer.param_groups
+        for parameter in group["params"]
+    )
+    if foreign:
+        raise ConfigError(
+            f"The optimizer holds {foreign} parameters that are not the model's. Make it from "
+            "model.parameters() of this very model."
+        )
+
+
+def _is_scheduler(value: Any) -> bool:
+    is_built = hasattr(value, "optimizer") and hasattr(value, "state_dict")
+    return is_built and callable(getattr(value, "step", None))

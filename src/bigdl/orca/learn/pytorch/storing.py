@@ -1,0 +1,127 @@
+"""A replica's state as tensors and plain values, and back."""
+
+from __future__ import annotations
+
+import collections
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from bigdl._base.errors import StoredModelError
+from bigdl._base.sync import gather_bytes
+from bigdl.orca.learn.pytorch.memory import copied
+
+if TYPE_CHECKING:
+    from bigdl._base.collective import Collective
+    from bigdl.orca.learn.program import State, WorkerContext
+    from bigdl.orca.learn.pytorch.gradients import Gradients
+    from bigdl.orca.learn.pytorch.replica import TorchReplica
+    from bigdl.orca.learn.pytorch.streams import Streams
+
+__all__ = ["load_into", "state_of"]
+
+
+def state_of(
+    replica: TorchReplica, gradients: Gradients | None, streams: Streams, collective: Collective
+) -> State:
+    """``model``, ``optimizer``, ``scheduler`` (None if there is none) and ``streams`` by rank.
+
+    Tensors are copies. All workers call it, and all get the same.
+    """
+    optimizer = None
+    if replica.optimizer is not None:
+        if gradients is not None:
+            streams.keep()  # inside training the process's streams are the replica's
+            optimizer = gradients.optimizer_state(replica.optimizer)
+        else:
+            optimizer = copied(replica.optimizer.state_dict())
+    every = gather_bytes(collective, streams.to_bytes())
+    return {
+        "model": copied(dict(replica.model.state_dict())),
+        "optimizer": optimizer,
+        "scheduler": None if replica.scheduler is None else _scheduler_state(replica.scheduler),
+        "streams": [torch.from_numpy(np.frombuffer(one, np.uint8).copy()) for one in every],
+    }
+
+
+def load_into(
+    replica: TorchReplica,
+    state: State,
+    gradients: Gradients | None,
+    streams: Streams,
+    ctx: WorkerContext,
+) -> None:
+    """Take a state; see ``Replica.load``."""
+    _check_model(replica.model, state["model"])
+    optimizer, scheduler = state.get("optimizer"), state.get("scheduler")
+    if replica.optimizer is not None and optimizer is not None:
+        _check_optimizer(replica.optimizer, optimizer)
+    replica.model.load_state_dict(state["model"])
+    if replica.optimizer is not None and optimizer is not None:
+        if gradients is not None:
+            gradients.load_optimizer_state(replica.optimizer, optimizer)
+        else:
+            replica.optimizer.load_state_dict(copied(optimizer))
+    if replica.scheduler is not None and scheduler is not None:
+        _load_scheduler(replica.scheduler, scheduler)
+    saved = state.get("streams", [])
+    if ctx.rank < len(saved):
+        streams.from_bytes(saved[ctx.rank].numpy().tobytes())
+
+
+def _check_model(model: torch.nn.Module, saved: dict[str, Any]) -> None:
+    own = model.state_dict()
+    for name in [*own, *saved]:
+        if name not in saved or name not in own:
+            where, other = (
+                ("the model", "the state") if name in own else ("the state", "the model")
+            )
+            raise StoredModelError(f"{name!r} is in {where} and not in {other}.")
+        mine, theirs = own[name], saved[name]
+        if isinstance(mine, torch.Tensor) and mine.shape != theirs.shape:
+            raise StoredModelError(
+                f"{name!r} has shape {tuple(theirs.shape)} in the state and "
+                f"{tuple(mine.shape)} in the model."
+            )
+
+
+def _check_optimizer(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> None:
+    mine = [len(group["params"]) for group in optimizer.state_dict()["param_groups"]]
+    theirs = [len(group["params"]) for group in saved["param_groups"]]
+    if mine != theirs:
+        raise StoredModelError(
+            f"The optimizer has groups of {mine} parameters, that of the state of {theirs}."
+        )
+
+
+def _scheduler_state(scheduler: Any) -> dict[str, Any]:
+    """Its state in plain containers; a Counter becomes a dict."""
+    state: dict[str, Any] = _plain(scheduler.state_dict())
+    return state
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _plain(one) for key, one in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(one) for one in value]
+    if isinstance(value, torch.Tensor):
+        return value.detach().clone()
+    if isinstance(value, np.generic):
+        return value.item()
+    return value
+
+
+def _load_scheduler(scheduler: Any, saved: dict[str, Any]) -> None:
+    """Load what was made plain, each value in the kind that the scheduler has now."""
+    own = scheduler.state_dict()
+    scheduler.load_state_dict({key: _as(own.get(key), value) for key, value in saved.items()})
+
+
+def _as(own: Any, value: Any) -> Any:
+    if isinstance(own, collections.Counter):
+        return collections.Counter({int(key): count for key, count in value.items()})
+    if isinstance(own, tuple) and isinstance(value, list):
+        return tuple(value)
+    return _plain(value)
