@@ -15,7 +15,7 @@ import torch
 from bigdl._base.errors import ConfigError
 from bigdl._base.sync import Contribution, LoneKernel, Outcome, StepKernel
 from bigdl.orca.learn.pytorch.memory import copied, flat, strided
-from bigdl.orca.learn.pytorch.slices import SlicedOptimizer
+from bigdl.orca.learn.pytorch.slices import SlicedOptimizer, check_sliceable
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -78,6 +78,7 @@ def connect_gradients(
     if ctx.world == 1:
         return _Lone(parameters, ctx, averages)
     if ctx.options.sync == "sharded":
+        check_sliceable(optimizer)
         return _Sharded(parameters, ctx, averages, optimizer)
     return _Shared(parameters, ctx, averages)
 
@@ -213,12 +214,6 @@ class _Sharded(_Shared):
         averages: bool,
         optimizer: torch.optim.Optimizer,
     ) -> None:
-        for parameter in parameters:
-            if parameter.dtype not in (torch.float32, torch.float64):
-                raise ConfigError(
-                    f'sync="sharded" cannot hold parameters of {parameter.dtype}: need float32 '
-                    'or float64. Use sync="allreduce".'
-                )
         super().__init__(parameters, ctx, averages)
         kernel = self._kernel
         for parameter, array in zip(parameters, kernel.weights, strict=True):

@@ -2,11 +2,23 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-__all__ = ["copied", "flat", "strided"]
+if TYPE_CHECKING:
+    from bigdl._base.collective import Collective
+
+__all__ = ["broadcast", "copied", "flat", "strided"]
+
+
+def broadcast(collective: Collective, tensor: torch.Tensor) -> None:
+    """Give every worker what ``tensor``, of any dtype, holds on rank 0, in place."""
+    if collective.world > 1 and tensor.numel() > 0:
+        data = tensor.contiguous()
+        collective.broadcast(data.view(-1).view(torch.uint8).numpy())
+        if data is not tensor:
+            tensor.copy_(data)
 
 
 def flat(tensor: torch.Tensor) -> torch.Tensor | None:

@@ -30,7 +30,8 @@ __all__ = ["Tally", "read_metrics"]
 class Metric(Protocol):
     """One metric, on one worker."""
 
-    def reset(self) -> None: ...
+    def fresh(self) -> Metric:
+        """The same metric, of no rows; the two know nothing of each other."""
 
     def update(self, output: Any, labels: Any, rows: int) -> None: ...
 
@@ -92,11 +93,11 @@ class _Mean:
             _key(function)
         self._key = key
         self._function = function
-        self.reset()
-
-    def reset(self) -> None:
         self._total = 0.0
         self._rows = 0
+
+    def fresh(self) -> _Mean:
+        return _Mean(self._key, self._function)
 
     def update(self, output: Any, labels: Any, rows: int) -> None:
         value = self._function(output, labels)
@@ -124,10 +125,11 @@ class _State:
         self._key = key
         self._metric = metric
         self._is_collection = isinstance(metric, sys.modules["torchmetrics"].MetricCollection)
-        self.reset()
 
-    def reset(self) -> None:
-        self._metric.reset()
+    def fresh(self) -> _State:
+        made = _State(self._key, copy.deepcopy(self._metric))
+        made._metric.reset()
+        return made
 
     def update(self, output: Any, labels: Any, rows: int) -> None:
         self._metric.update(output, labels)
@@ -191,18 +193,16 @@ class Tally:
     """Loss, rows and metrics of some batches on this worker, and then those of all workers.
 
     Args:
-        metrics: From ``read_metrics``; set back to nothing.
+        metrics: From ``read_metrics``; they are not changed.
         averages: Whether losses are means. The loss of sums is given per row.
     """
 
     def __init__(self, metrics: Sequence[Metric], *, averages: bool) -> None:
-        self._metrics = metrics
+        self._metrics = [metric.fresh() for metric in metrics]
         self._averages = averages
         self._loss = 0.0
         self._weight = 0.0
         self._rows = 0
-        for metric in metrics:
-            metric.reset()
 
     def add(self, *, loss: float, weight: float, rows: int) -> None:
         """``loss`` is the sum: mean times weight."""

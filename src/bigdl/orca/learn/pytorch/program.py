@@ -17,7 +17,7 @@ from bigdl.orca.learn.pytorch.streams import Streams
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
-    from bigdl.orca.learn.program import WorkerContext
+    from bigdl.orca.learn.program import State, WorkerContext
     from bigdl.orca.learn.pytorch.replica import TorchReplica
 
 __all__ = ["TorchProgram"]
@@ -113,6 +113,30 @@ class TorchProgram:
         if model is not self.model:
             replica.equalize()
         return replica
+
+    def take(self, state: State) -> torch.nn.Module:
+        """Put a replica's state into the user's own objects, as far as they are instances.
+
+        Returns:
+            The model; where the user gave a function, a new one that it made.
+
+        Raises:
+            StoredModelError: The state is of another model; nothing has changed.
+        """
+        from bigdl.orca.learn.pytorch.storing import load_parts
+
+        model = self.model
+        if not isinstance(model, torch.nn.Module):
+            with Streams(0).drawn():
+                model = _made("model", model(dict(self.config)), torch.nn.Module)
+        is_built = isinstance(self.optimizer, torch.optim.Optimizer)
+        load_parts(
+            state,
+            model=model,
+            optimizer=self.optimizer if is_built else None,
+            scheduler=self.scheduler if _is_scheduler(self.scheduler) else None,
+        )
+        return model
 
 
 def _check_kind(name: str, value: Any, kind: type, arguments: str) -> None:

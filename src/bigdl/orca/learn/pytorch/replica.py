@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import time
 import warnings
@@ -16,6 +17,7 @@ from bigdl._base.errors import DataError, NotReadyError
 from bigdl.orca.learn.program import Cursor, Hooks, State, StepEnd, WorkerContext
 from bigdl.orca.learn.pytorch import calling, storing
 from bigdl.orca.learn.pytorch.gradients import Gradients, connect_gradients
+from bigdl.orca.learn.pytorch.memory import broadcast
 from bigdl.orca.learn.pytorch.metrics import Tally
 from bigdl.orca.learn.pytorch.streams import Streams
 
@@ -75,7 +77,8 @@ class TorchReplica:
         try:
             with self._streams.drawn():
                 rows = _Run(self, self._gradients, hooks, start).epochs(epochs)
-            self._sync_buffers()
+            for buffer in self.model.buffers():
+                broadcast(self._ctx.collective, buffer.detach())
             self._gradients.finish(self.optimizer)
             return rows
         finally:
@@ -96,32 +99,31 @@ class TorchReplica:
             warnings.filterwarnings("ignore", message="Seems like `optimizer.step")
             self.scheduler.step(*arguments)
 
-    def _sync_buffers(self) -> None:
-        """Give all workers rank 0's buffers, such as a batch norm's statistics."""
-        for buffer in self.model.buffers():
-            self._broadcast(buffer)
-
     def equalize(self) -> None:
         """Give all workers rank 0's weights and buffers."""
-        for parameter in self.model.parameters():
-            self._broadcast(parameter.detach())
-        self._sync_buffers()
+        for tensor in itertools.chain(self.model.parameters(), self.model.buffers()):
+            broadcast(self._ctx.collective, tensor.detach())
 
-    def _broadcast(self, tensor: torch.Tensor) -> None:
-        if self._ctx.world == 1 or tensor.numel() == 0:
-            return
-        data = tensor.detach().contiguous()
-        self._ctx.collective.broadcast(data.view(-1).view(torch.uint8).numpy())
-        tensor.copy_(data)
+    @contextlib.contextmanager
+    def _rank_0_buffers(self) -> Iterator[None]:
+        """Rank 0's buffers, such as a batch norm's statistics; each has its own afterwards."""
+        buffers = [buffer.detach() for buffer in self.model.buffers()]
+        own = [buffer.clone() for buffer in buffers] if self._ctx.world > 1 else []
+        for buffer in buffers:
+            broadcast(self._ctx.collective, buffer)
+        try:
+            yield
+        finally:
+            for buffer, value in zip(buffers, own, strict=False):
+                buffer.copy_(value)
 
     # --- evaluation and prediction ---
 
     def evaluate(self, batches: Iterable[Batch]) -> dict[str, Any]:
         """Loss, rows and metrics over the batches of all workers; see ``Replica.evaluate``."""
-        self._sync_buffers()
         averages = self._loss is None or self._loss.averages
         tally = Tally(self._metrics, averages=averages)
-        with calling.evaluating(self.model):
+        with self._rank_0_buffers(), calling.evaluating(self.model):
             for batch in batches:
                 if batch.rows:
                     self._score(batch, tally)
@@ -151,8 +153,8 @@ class TorchReplica:
 
     def state(self) -> State:
         """All that a checkpoint needs; see ``Replica.state``. All workers call it."""
-        self._sync_buffers()
-        return storing.state_of(self, self._gradients, self._streams, self._ctx.collective)
+        with self._rank_0_buffers():
+            return storing.state_of(self, self._gradients, self._streams, self._ctx.collective)
 
     def load(self, state: State) -> None:
         """Go on from a state; see ``Replica.load``."""
@@ -206,7 +208,6 @@ class _Run:
         row |= {key: value for key, value in found.items() if key not in row}
         if is_whole:
             self._cursor = replace(self._cursor, epoch=first.epoch + 1, row=0)
-            replica._sync_buffers()
             row.update(hooks.validate(replica, self._cursor))
             replica.step_scheduler("epoch", row)
         hooks.on_epoch_end(replica, self._cursor, row)

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from bigdl._base.sync import StepKernel
 
-__all__ = ["SlicedOptimizer"]
+__all__ = ["SlicedOptimizer", "check_sliceable"]
 
 #: Of PyTorch's optimizers, those whose step treats every element by itself.
 _ELEMENTWISE = {
@@ -39,16 +39,30 @@ _ELEMENTWISE = {
 }
 
 
+def check_sliceable(optimizer: torch.optim.Optimizer) -> None:
+    """Raise a ``ConfigError`` if the optimizer may need whole parameters."""
+    if type(optimizer) not in _ELEMENTWISE:
+        known = ", ".join(sorted(kind.__name__ for kind in _ELEMENTWISE))
+        raise ConfigError(
+            f'sync="sharded" cannot cut {type(optimizer).__name__} into slices: it is known '
+            f'only of {known} that they treat each element by itself. Use sync="allreduce".'
+        )
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            if parameter.dtype not in (torch.float32, torch.float64):
+                raise ConfigError(
+                    f'sync="sharded" cannot hold parameters of {parameter.dtype}: need float32 '
+                    'or float64. Use sync="allreduce".'
+                )
+
+
 class SlicedOptimizer:
     """Makes ``optimizer`` this worker's part of itself, until ``join``; all workers make one.
 
     Args:
-        optimizer: An elementwise one of PyTorch's.
+        optimizer: One that ``check_sliceable`` lets pass.
         parameters: Those of its parameters that the kernel knows, in its order.
         kernel: Has the pieces.
-
-    Raises:
-        ConfigError: The optimizer may need whole parameters.
     """
 
     def __init__(
@@ -57,12 +71,6 @@ class SlicedOptimizer:
         parameters: Sequence[torch.Tensor],
         kernel: StepKernel,
     ) -> None:
-        if type(optimizer) not in _ELEMENTWISE:
-            known = ", ".join(sorted(kind.__name__ for kind in _ELEMENTWISE))
-            raise ConfigError(
-                f'sync="sharded" cannot cut {type(optimizer).__name__} into slices: it is known '
-                f'only of {known} that they treat each element by itself. Use sync="allreduce".'
-            )
         self._optimizer = optimizer
         self._kernel = kernel
         self._parameters = parameters

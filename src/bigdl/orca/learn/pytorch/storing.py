@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from bigdl.orca.learn.pytorch.replica import TorchReplica
     from bigdl.orca.learn.pytorch.streams import Streams
 
-__all__ = ["load_into", "state_of"]
+__all__ = ["load_into", "load_parts", "state_of"]
 
 
 def state_of(
@@ -52,22 +52,44 @@ def load_into(
     streams: Streams,
     ctx: WorkerContext,
 ) -> None:
-    """Take a state; see ``Replica.load``."""
-    _check_model(replica.model, state["model"])
-    optimizer, scheduler = state.get("optimizer"), state.get("scheduler")
-    if replica.optimizer is not None and optimizer is not None:
-        _check_optimizer(replica.optimizer, optimizer)
-    replica.model.load_state_dict(state["model"])
-    if replica.optimizer is not None and optimizer is not None:
-        if gradients is not None:
-            gradients.load_optimizer_state(replica.optimizer, optimizer)
-        else:
-            replica.optimizer.load_state_dict(copied(optimizer))
-    if replica.scheduler is not None and scheduler is not None:
-        _load_scheduler(replica.scheduler, scheduler)
+    """Take a state; see ``Replica.load``. A rank that the state does not know starts anew."""
+    load_parts(
+        state,
+        model=replica.model,
+        optimizer=replica.optimizer,
+        scheduler=replica.scheduler,
+        gradients=gradients,
+    )
     saved = state.get("streams", [])
     if ctx.rank < len(saved):
         streams.from_bytes(saved[ctx.rank].numpy().tobytes())
+
+
+def load_parts(
+    state: State,
+    *,
+    model: torch.nn.Module,
+    optimizer: torch.optim.Optimizer | None,
+    scheduler: Any,
+    gradients: Gradients | None = None,
+) -> None:
+    """Put a state into a model, and what there is of optimizer and scheduler on both sides.
+
+    Raises:
+        StoredModelError: It is of another model or optimizer; nothing has changed.
+    """
+    saved = state.get("optimizer")
+    _check_model(model, state["model"])
+    if optimizer is not None and saved is not None:
+        _check_optimizer(optimizer, saved)
+    model.load_state_dict(state["model"])
+    if optimizer is not None and saved is not None:
+        if gradients is not None:
+            gradients.load_optimizer_state(optimizer, saved)
+        else:
+            optimizer.load_state_dict(copied(saved))
+    if scheduler is not None and state.get("scheduler") is not None:
+        _load_scheduler(scheduler, state["scheduler"])
 
 
 def _check_model(model: torch.nn.Module, saved: dict[str, Any]) -> None:
