@@ -1,0 +1,1 @@
+"""Data for estimators, on any engine. Loads no framework."""
