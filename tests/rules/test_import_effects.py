@@ -10,7 +10,8 @@ from importlib.util import find_spec
 
 import pytest
 
-LIGHT = ["bigdl", "bigdl.errors", "bigdl.nano", "bigdl.nano.accelerators", "bigdl.nano.pytorch"]
+LIGHT = ["bigdl", "bigdl.errors", "bigdl.nano", "bigdl.nano.accelerators", "bigdl.nano.pytorch",
+         "bigdl.orca", "bigdl.orca.engines.local"]  # fmt: skip
 LIGHT += ["bigdl.orca.learn", "bigdl.orca.learn.program", "bigdl.orca.learn.pytorch"]
 LIMIT_S = 0.3
 FRAMEWORKS = {

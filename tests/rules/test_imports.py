@@ -53,6 +53,7 @@ FOREIGN = {
     "torchmetrics": ("nano/pytorch/inference/metrics.py", "nano/pytorch/module.py"),
     "safetensors": (
         "nano/pytorch/*",
+        "orca/learn/pytorch/codec.py",
         "nano/accelerators/eager.py",
         "nano/accelerators/torch_*.py",
     ),
@@ -132,8 +133,14 @@ def test_foreign_libraries_live_where_they_are_named(path):
 def _tables() -> dict[str, str]:
     """Modules of implementations, each with the table that names it."""
     from bigdl.nano.accelerators import ACCELERATORS
+    from bigdl.orca.engines import ENGINES
 
-    return {row.partition(":")[0]: "ACCELERATORS" for row in ACCELERATORS._known.values()}
+    tables = {"ACCELERATORS": ACCELERATORS, "ENGINES": ENGINES}
+    return {
+        row.partition(":")[0]: name
+        for name, table in tables.items()
+        for row in table._known.values()
+    }
 
 
 # Implementations that lend something to their own kin.

@@ -32,6 +32,7 @@ PUBLIC = {
     ],
     "bigdl.nano": [],
     "bigdl.nano.pytorch": ["Guard", "InferenceOptimizer", "Plan", "Trainer"],
+    "bigdl.orca": ["OrcaContext", "init_orca_context", "stop_orca_context"],
 }
 # Those whose import needs an extra: checked where it is installed.
 WITH_TORCH = {

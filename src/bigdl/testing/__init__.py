@@ -2,4 +2,4 @@
 
 import pytest
 
-pytest.register_assert_rewrite("bigdl.testing.collective")
+pytest.register_assert_rewrite("bigdl.testing.collective", "bigdl.testing.engine", "bigdl.testing.sharded")

@@ -1,0 +1,87 @@
+"""A call of the local engine: what it needs, where its news go, how it ended.
+
+Standard library only.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from bigdl._base.errors import BigDLError
+    from bigdl.orca.engines.local_process import Kind, Process
+    from bigdl.orca.engines.local_ref import LocalRef
+    from bigdl.orca.engines.local_worker import Order
+    from bigdl.orca.engines.outcome import Failed, Lost
+
+__all__ = ["Job", "Mail"]
+
+
+class Mail(NamedTuple):
+    """What a waiting thread hears of a job."""
+
+    kind: str  # "event", "output", "end"
+    job: Job
+    content: bytes | str
+
+
+class Job:
+    """One call: waits, runs in one process, ends.
+
+    Args:
+        make: Gives the order, when it is known on which cores it runs.
+        kind: The processes that can do it.
+        cores: Slots that it takes.
+        where: What it is in words: "worker 1 of 3", "shard 2 of 4", "a task".
+        rank: A gang member's.
+        path: Where its value is to be kept; None = it travels.
+        refs: Kept values that it reads; it starts when they are there.
+        mail: Where its news go.
+    """
+
+    def __init__(
+        self,
+        make: Callable[[tuple[int, ...] | None, str], Order],
+        kind: Kind,
+        *,
+        cores: int = 1,
+        where: str = "a task",
+        rank: int | None = None,
+        path: str | None = None,
+        refs: Sequence[LocalRef] = (),
+        mail: queue.SimpleQueue[Mail] | None = None,
+    ) -> None:
+        self.make = make
+        self.kind = kind
+        self.cores = cores
+        self.where = where
+        self.rank = rank
+        self.path = path
+        self.refs = refs  # their files live as long as it may read them
+        self.mail: queue.SimpleQueue[Mail] = queue.SimpleQueue() if mail is None else mail
+        self.ended = threading.Event()
+        #: The value's message; or how it failed; or what to raise.
+        self.outcome: bytes | Failed | Lost | BigDLError | None = None
+        self.process: Process | None = None
+        self.is_dropped = False  # nobody will read its stored value
+
+    @property
+    def needs(self) -> list[Job]:
+        """Jobs that have to end before."""
+        return [ref.job for ref in self.refs if ref.job is not None]
+
+    def end(self, outcome: bytes | Failed | Lost | BigDLError) -> None:
+        """Say how it ended, and let go of what it needed."""
+        self.outcome = outcome
+        self.refs = ()
+        self.make = _spent
+        self.ended.set()
+        self.mail.put(Mail("end", self, ""))
+
+
+def _spent(_: tuple[int, ...] | None, __: str) -> Order:
+    raise RuntimeError("This job has ended.")
