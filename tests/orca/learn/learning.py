@@ -63,6 +63,22 @@ def train(collective, program, arrays, size, epochs=1, cuts=None, **options):
     return weights(replica), rows, hooks.steps
 
 
+def with_args(collective, fn, args):
+    import torch
+
+    torch.set_num_threads(1)
+    return fn(*args, collective)
+
+
+def gang(world, fn, *args):
+    """``fn(*args, collective)`` in a gang of its own: values by rank; its error is raised."""
+    results = in_gang(world, with_args, fn, args, preload=PRELOAD)
+    for result in results:
+        if isinstance(result, Exception):
+            raise result
+    return results
+
+
 def _all_cases(collective, cases):
     import torch
 

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from bigdl._base.sync import Sync
     from bigdl._base.trees import Tree
     from bigdl.orca.data.contract import Batch
+    from bigdl.orca.learn.checkpoint import Codec
 
 __all__ = [
     "Cursor",
@@ -201,7 +202,18 @@ class Replica(Protocol):
 
 @runtime_checkable
 class Program(Protocol):
-    """A recipe for replicas. It travels to the workers by cloudpickle."""
+    """A recipe for replicas. It travels to the workers by cloudpickle.
+
+    Attributes:
+        preload: Modules that a worker can have imported before the program arrives.
+        codec: How its states' tensors become bytes.
+    """
+
+    @property
+    def preload(self) -> tuple[str, ...]: ...
+
+    @property
+    def codec(self) -> Codec: ...
 
     def build(self, ctx: WorkerContext) -> Replica:
         """Make this worker's replica; all workers do it at the same time.

@@ -17,6 +17,7 @@ from bigdl.orca.learn.pytorch.streams import Streams
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
+    from bigdl.orca.learn.checkpoint import Codec
     from bigdl.orca.learn.program import State, WorkerContext
     from bigdl.orca.learn.pytorch.replica import TorchReplica
 
@@ -77,6 +78,18 @@ class TorchProgram:
         if self.loss is not None:
             read_loss(self.loss, self.loss_reduction)
         read_metrics(self.metrics)
+
+    @property
+    def preload(self) -> tuple[str, ...]:
+        """What a worker has loaded before the program arrives."""
+        return ("torch", "bigdl.orca.learn.pytorch.replica")
+
+    @property
+    def codec(self) -> Codec:
+        """Safetensors."""
+        from bigdl.orca.learn.pytorch.codec import TorchCodec
+
+        return TorchCodec()
 
     def build(self, ctx: WorkerContext) -> TorchReplica:
         """Make this worker's replica; all workers do it at the same time.
