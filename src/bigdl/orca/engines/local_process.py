@@ -58,6 +58,12 @@ class Crew:
         self.used = time.monotonic()
         return Process(self, number, self._workers.start(host, port, key, number))
 
+    @property
+    def is_alive(self) -> bool:
+        """Whether its nursery can still give processes."""
+        nursery = self._workers._nursery
+        return nursery is None or nursery.poll() is None
+
     def close(self) -> None:
         self._workers.close()
 

@@ -68,6 +68,7 @@ class Service:
         self._calls: deque[Callable[[], None]] = deque()
         self._queue: deque[Sequence[Job]] = deque()
         self._crews: dict[Kind, Crew] = {}
+        self._dead: list[Crew] = []
         self._processes: dict[int, Process] = {}
         self._count = 0
         self._closing = False
@@ -173,7 +174,7 @@ class Service:
     def _end_all(self) -> None:
         for process in list(self._processes.values()):
             self._close_lines(process)
-        for crew in self._crews.values():
+        for crew in [*self._crews.values(), *self._dead]:
             crew.close()
         jobs = [process.job for process in self._processes.values() if process.job is not None]
         for job in [*jobs, *(job for batch in self._queue for job in batch)]:
@@ -236,6 +237,9 @@ class Service:
         for one in idle[: max(0, len(self._processes) + 1 - self.slots)]:
             self._gone(one, kill=True)
         crew = self._crews.get(kind)
+        if crew is not None and not crew.is_alive:
+            self._dead.append(crew)  # the engine's folder may be its own
+            crew = None
         if crew is None:
             crew = self._crews[kind] = Crew(kind)
             self._thin_out()
