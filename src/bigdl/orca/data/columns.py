@@ -17,12 +17,12 @@ import numpy as np
 
 from bigdl._base.errors import ArgumentError, ConfigError, DataError
 from bigdl._base.registry import nearest
-from bigdl._base.trees import Tree
 from bigdl.orca.data.contract import Column, Schema
 
 if TYPE_CHECKING:
     from collections.abc import Hashable, Iterable
 
+    from bigdl._base.trees import Tree
     from bigdl.orca.data.contract import Request
 
 __all__ = ["Columns", "Nulls", "fill_nulls", "from_cells", "narrowed", "stacked"]

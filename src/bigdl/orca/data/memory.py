@@ -18,6 +18,7 @@ from bigdl.orca.data.contract import (
     OutputSchema,
     Run,
     Schema,
+    Sharded,
     checked_rows,
     part,
 )
@@ -26,7 +27,16 @@ from bigdl.orca.data.order import check_start, taken
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
 
-__all__ = ["InMemory", "Shaping", "as_numpy", "batch_of", "each_batch", "joined", "mapped"]
+__all__ = [
+    "InMemory",
+    "Shaping",
+    "as_numpy",
+    "batch_of",
+    "each_batch",
+    "joined",
+    "mapped",
+    "mapped_by_rank",
+]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -218,6 +228,36 @@ def mapped(
     pieces = (_Piece(slice_rows(features, first, last), last - first) for first, last in spans)
     outputs = list(run(_Mapping(shaping, fn, size), pieces))
     return joined(outputs)
+
+
+def mapped_by_rank(
+    source: Sharded, fn: Callable[[Tree], Tree], *, size: int, shares: int, run: Run
+) -> Tree:
+    """The outputs for all rows in the order of the source, each share read by one rank."""
+    ranks = list(run(_RankMapping(source, fn, size, shares), range(shares)))
+    steps = zip(*ranks, strict=True)
+    return joined(output for step in steps for output in step if output is not None)
+
+
+@dataclass(frozen=True)
+class _RankMapping:
+    """One rank's outputs, one for each step; None for a step without rows."""
+
+    source: Sharded
+    fn: Callable[[Tree], Tree]
+    size: int
+    world: int
+
+    def __call__(self, rank: int) -> list[Tree]:
+        reader = self.source.open(rank, self.world)
+        try:
+            outputs: list[Tree] = []
+            for batch in reader.batches(self.size):
+                done = [one for one, _ in each_batch(self.fn, [(batch.data, batch.rows)])]
+                outputs.append(done[0] if done else None)
+            return outputs
+        finally:
+            reader.close()
 
 
 # --- how arrays travel ------------------------------------------------------------------------
