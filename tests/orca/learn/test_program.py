@@ -414,3 +414,143 @@ def test_weights_in_half_precision():
     alone = cases.of("half weights", 1)[0]
     for found in cases.of("half weights", 2):
         same(found, alone, 0.05)
+
+
+# --- layouts, sparse gradients, small and unequal parts -----------------------------------
+
+
+def convolutions():
+    """Weights whose order in memory is not that of their axes."""
+    torch.manual_seed(5)
+    layers = (torch.nn.Conv2d(3, 4, 3), torch.nn.ReLU(), torch.nn.Conv2d(4, 2, 3))
+    model = torch.nn.Sequential(*layers, torch.nn.Flatten()).double()
+    model = model.to(memory_format=torch.channels_last)
+    assert not model[0].weight.is_contiguous()
+    return model
+
+
+def pictures():
+    random = np.random.default_rng(6)
+    return random.standard_normal((20, 3, 5, 5)), random.standard_normal((20, 2))
+
+
+class Tied(torch.nn.Module):
+    """One matrix reads words and writes them; its gradient from reading may be sparse."""
+
+    def __init__(self, sparse):
+        super().__init__()
+        torch.manual_seed(6)
+        self.words = torch.nn.Embedding(50, 4, sparse=sparse).double()
+        self.head = torch.nn.Linear(4, 50, bias=not sparse).double()
+        if not sparse:
+            self.head.weight = self.words.weight
+
+    def forward(self, x):
+        return self.head(self.words(x).mean(1))
+
+
+def sentences():
+    random = np.random.default_rng(7)
+    return random.integers(0, 50, (30, 5)), random.integers(0, 50, 30)
+
+
+def adagrad(model):
+    return torch.optim.Adagrad(model.parameters(), lr=0.1)
+
+
+def tied(sparse):
+    return Tied(sparse)
+
+
+ODD = {
+    "convolutions": (convolutions, sgd, pictures, torch.nn.MSELoss()),
+    "tied": (functools.partial(tied, False), sgd, sentences, torch.nn.CrossEntropyLoss()),
+    "sparse": (functools.partial(tied, True), adagrad, sentences, torch.nn.CrossEntropyLoss()),
+    "one weight": (lambda: one_weight(0.5).model, adam, lambda: (X01, Y0), torch.nn.MSELoss()),
+}
+
+
+def odd(name, sync, collective):
+    make, make_optimizer, arrays, loss = ODD[name]
+    model = make()
+    before = [parameter.stride() for parameter in model.parameters()]
+    program = TorchProgram(model=model, optimizer=make_optimizer(model), loss=loss)
+    options = {"accumulation_steps": 2, "clip_norm": 0.5, "sync": sync}
+    found = learning.train(collective, program, arrays(), 3, 2, **options)[0]
+    assert [parameter.stride() for parameter in model.parameters()] == before
+    return found
+
+
+for _name in ODD:
+    for _sync in SYNCS:
+        cases.add(f"{_name} {_sync}", functools.partial(odd, _name, _sync))
+
+
+def clip_half(model):
+    for parameter in model.parameters():
+        if parameter.grad.is_sparse:
+            parameter.grad = parameter.grad.to_dense()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)
+
+
+@pytest.mark.parametrize("world", [1, 2, 4])
+@pytest.mark.parametrize("sync", SYNCS)
+@pytest.mark.parametrize("name", ODD)
+def test_odd_parameters(name, sync, world):
+    make, make_optimizer, arrays, loss = ODD[name]
+    model = make()
+    expected = plain_loop(
+        model, make_optimizer(model), loss, arrays(), 3, 2, together=2, after_backward=clip_half
+    )
+    for found in cases.of(f"{name} {sync}", world):
+        same(found, expected, 1e-9 if name != "one weight" else 1e-6)
+
+
+@cases.case
+def unequal_streams(collective):
+    """Rank r has 3 - r batches of 8 rows: whoever has ended brings zeros."""
+    model = mlp("float64")
+    program = TorchProgram(model=model, optimizer=sgd(model), loss=torch.nn.MSELoss())
+    ctx = learning.WorkerContext(collective=collective)
+    replica = program.build(ctx)
+    hooks = learning.FromArrays(ctx, (), 0)
+    x, y = data()
+
+    def batches(cursor):
+        for step in range(3 - ctx.rank):
+            mine = slice(16 * step + 8 * ctx.rank, 16 * step + 8 * ctx.rank + 8)
+            yield learning.Batch((x[mine], y[mine]), 8, 16 if step < 2 else 8)
+
+    hooks.batches = batches
+    rows = replica.train(1, learning.Cursor(), hooks)
+    return learning.weights(replica), rows
+
+
+def test_streams_of_unequal_length():
+    model = mlp("float64")
+    x, y = data()
+    expected = plain_loop(model, sgd(model), torch.nn.MSELoss(), (x[:40], y[:40]), 16)
+    for found, rows in cases.of("unequal_streams", 2):
+        same(found, expected, 1e-9)
+        assert (rows[0]["rows"], rows[0]["steps"]) == (40, 3)
+
+
+def test_a_gradient_is_a_view_of_the_memory_that_is_added_up():
+    """No copy out: what is summed is what the optimizer reads; clearing drops the view only."""
+    from bigdl._base.collective.alone import Alone
+    from bigdl.orca.learn.pytorch.gradients import _Shared
+
+    model = convolutions()
+    ctx = learning.WorkerContext(collective=Alone())
+    gradients = _Shared(list(model.parameters()), ctx, True)
+    memory = gradients._kernel.gradients
+    for _ in range(2):
+        model(torch.from_numpy(pictures()[0])).sum().backward()
+        gradients.reduce(rows=1, weight=1.0, loss=0.0, unit=1.0, stop=False)
+        for parameter, array in zip(model.parameters(), memory, strict=True):
+            assert parameter.grad.data_ptr() == array.ctypes.data
+            assert parameter.grad.stride() == parameter.stride()
+            assert np.abs(array).sum() == pytest.approx(parameter.grad.abs().sum().item())
+        gradients.clear()
+        assert all(parameter.grad is None for parameter in model.parameters())
+    gradients.close()

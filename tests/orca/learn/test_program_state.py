@@ -295,6 +295,18 @@ def test_a_state_goes_into_the_users_own_objects():
     assert program.optimizer.param_groups[0]["lr"] == 0.02 / 8
 
 
+def test_a_state_makes_a_model_of_the_users_function():
+    program = TorchProgram(model=make_model, config={"out": 1})
+    replica = program.build(alone())
+    state = replica.state()
+    state["model"]["weight"] += 1
+    model = program.model_of(state)
+    np.testing.assert_array_equal(model.weight.detach(), replica.model.weight.detach() + 1)
+    assert program.model_of(None) is not model
+    given = TorchProgram(model=model)
+    assert given.model_of(state) is model
+
+
 def test_a_state_is_tensors_and_plain_values():
     from bigdl.orca.learn.checkpoint import Checkpoint
 

@@ -256,10 +256,13 @@ def _landing(view: torch.Tensor) -> Callable[[torch.Tensor], None]:
 
     def land(parameter: torch.Tensor) -> None:
         made = parameter.grad
-        if made is None or made.dtype != view.dtype or made.data_ptr() == view.data_ptr():
+        if made is None or made.dtype != view.dtype:
             return
-        view.copy_(made.to_dense() if made.is_sparse else made)
-        parameter.grad = view
+        if made.is_sparse:
+            made = made.to_dense()
+        if made.data_ptr() != view.data_ptr():
+            view.copy_(made)
+            parameter.grad = view
 
     return land
 

@@ -127,6 +127,22 @@ class TorchProgram:
             replica.equalize()
         return replica
 
+    def model_of(self, state: State | None) -> torch.nn.Module:
+        """The trained model: the user's own instance, or a new one of the user's function.
+
+        Args:
+            state: What the new one gets, if there is one; an instance has it from ``take``.
+        """
+        if isinstance(self.model, torch.nn.Module):
+            return self.model
+        return self._new_model() if state is None else self.take(state)
+
+    def _new_model(self) -> torch.nn.Module:
+        assert not isinstance(self.model, torch.nn.Module)
+        with Streams(0).drawn():
+            made: torch.nn.Module = _made("model", self.model(dict(self.config)), torch.nn.Module)
+        return made
+
     def take(self, state: State) -> torch.nn.Module:
         """Put a replica's state into the user's own objects, as far as they are instances.
 
@@ -138,10 +154,7 @@ class TorchProgram:
         """
         from bigdl.orca.learn.pytorch.storing import load_parts
 
-        model = self.model
-        if not isinstance(model, torch.nn.Module):
-            with Streams(0).drawn():
-                model = _made("model", model(dict(self.config)), torch.nn.Module)
+        model = self.model_of(None)
         is_built = isinstance(self.optimizer, torch.optim.Optimizer)
         load_parts(
             state,
