@@ -23,6 +23,7 @@ from bigdl.errors import ConfigError, WorkerError, WorkerLostError
 from bigdl.orca.engines import ENGINES
 from bigdl.orca.engines.base import EngineSettings, GangSetup
 from bigdl.orca.engines.worker import emit
+from bigdl.testing.collective import leftovers
 from bigdl.testing.engine import EngineContract
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
@@ -61,12 +62,6 @@ def _gone(pids, within_s: float = 10.0) -> bool:
     return False
 
 
-def _ours() -> set[str]:
-    """What the kernel holds under our name: shared memory, sockets."""
-    sockets = {line.split()[-1] for line in Path("/proc/net/unix").read_text().splitlines()}
-    return {name for name in {*os.listdir("/dev/shm"), *sockets} if "bigdl" in name}
-
-
 class TestLocal(EngineContract):
     @classmethod
     def open_engine(cls):
@@ -79,7 +74,20 @@ class TestLocal(EngineContract):
 def _look(ctx):
     import torch
 
-    return sorted(os.sched_getaffinity(0)), torch.get_num_threads(), os.environ["MKL_NUM_THREADS"]
+    said = os.environ["MKL_NUM_THREADS"]
+    return sorted(os.sched_getaffinity(0)), torch.get_num_threads(), _blas_threads(), said
+
+
+def _blas_threads() -> int:
+    """What NumPy's own OpenBLAS says; as many as torch has where NumPy has another library."""
+    import ctypes
+
+    import torch
+
+    maps = Path("/proc/self/maps").read_text().splitlines()
+    for library in {line.split()[-1] for line in maps if "scipy_openblas64" in line}:
+        return ctypes.CDLL(library).scipy_openblas_get_num_threads64_()
+    return torch.get_num_threads()
 
 
 @linux
@@ -94,10 +102,10 @@ class TestCores:
             one, other = engine.gang(_look, 2, setup=GangSetup(preload=preload))
             assert len(one[0]) == len(other[0]) == 1
             assert not set(one[0]) & set(other[0])
-            assert one[1:] == other[1:] == (1, "1")
+            assert one[1:] == other[1:] == (1, 1, "1")
             ((cores, *threads),) = engine.gang(_look, 1, setup=GangSetup(preload=preload))
             assert len(cores) == 2
-            assert threads == [2, "2"]
+            assert threads == [2, 2, "2"]
         finally:
             engine.close()
 
@@ -247,9 +255,12 @@ def test_a_crash_shows_where_it_was(engine, capfd):
 
 
 def _fail_in_all_ways(engine):
+    """Use the engine, and give the names of its runs."""
+    marks = set()
+
     def work(ctx, how):
         with ctx.connect() as collective:
-            ctx.emit(np.zeros(400_000))
+            ctx.emit((ctx.gang.ticket.mark, np.zeros(400_000)))
             collective.all_reduce(np.zeros(100_000))
             if ctx.rank == 1:
                 how()
@@ -259,27 +270,33 @@ def _fail_in_all_ways(engine):
     def fail():
         raise ValueError("boom")
 
-    assert len(engine.gang(work, 2, args_of=lambda _: (int,))) == 2
+    def listen(rank, event):
+        marks.add(event[0])
+
+    assert len(engine.gang(work, 2, args_of=lambda _: (int,), on_event=listen)) == 2
     for how in (fail, lambda: os.kill(os.getpid(), signal.SIGKILL), lambda: os._exit(1)):
         with pytest.raises((ValueError, WorkerLostError)):
-            engine.gang(work, 2, args_of=lambda _, how=how: (how,))
+            engine.gang(work, 2, args_of=lambda _, how=how: (how,), on_event=listen)
     refs = engine.map(lambda x: x + 1, engine.scatter([np.zeros(400_000)] * 4))
     assert engine.gather(refs)[3].sum() == 400_000
     engine.submit(lambda: emit(np.zeros(400_000))).result()
     engine.submit(time.sleep, 600)
+    return marks
 
 
 @linux
 def test_nothing_is_left_of_a_closed_engine():
     _open().close()
     temporary = Path(tempfile.gettempdir())
-    before = len(os.listdir("/proc/self/fd")), threading.active_count(), _ours()
+    before = len(os.listdir("/proc/self/fd")), threading.active_count()
     engine = _open(3)
-    _fail_in_all_ways(engine)
+    marks = _fail_in_all_ways(engine)
     assert any(temporary.iterdir())
     engine.close()
     assert list(temporary.iterdir()) == []
-    assert (len(os.listdir("/proc/self/fd")), threading.active_count(), _ours()) == before
+    assert (len(os.listdir("/proc/self/fd")), threading.active_count()) == before
+    assert len(marks) == 4
+    assert [leftovers(mark) for mark in marks] == [[]] * 4
 
 
 @linux
@@ -310,27 +327,27 @@ def test_files_go_with_what_they_hold(engine):
 
 @linux
 def test_killed_workers_are_noticed_and_leave_nothing(engine):
-    before = _ours()
     chance = random.Random(7)
 
     def work(ctx):
         with ctx.connect() as collective:
-            ctx.emit(os.getpid())
+            ctx.emit((os.getpid(), ctx.gang.ticket.mark))
             array = np.zeros(200_000)
             while True:
                 collective.all_reduce(array)
 
     for _ in range(6):
         victim, delay_s = chance.randrange(3), chance.random() * 0.3
-        pids = {}
+        pids, marks = {}, set()
         killed_at = []
 
         def kill(pid, killed_at=killed_at):
             os.kill(pid, signal.SIGKILL)
             killed_at.append(time.monotonic())
 
-        def listen(rank, pid, pids=pids, kill=kill, victim=victim, delay_s=delay_s):
-            pids[rank] = pid
+        def listen(rank, event, pids=pids, marks=marks, kill=kill, victim=victim, delay_s=delay_s):
+            pids[rank] = event[0]
+            marks.add(event[1])
             if len(pids) == 3:
                 threading.Timer(delay_s, kill, (pids[victim],)).start()
 
@@ -339,7 +356,7 @@ def test_killed_workers_are_noticed_and_leave_nothing(engine):
         assert caught.value.rank == victim
         assert time.monotonic() - killed_at[0] < 10
         assert not any(map(_alive, pids.values()))
-    assert _ours() == before
+        assert leftovers(marks.pop()) == []
 
 
 # --- programs of their own --------------------------------------------------------------------
@@ -359,13 +376,15 @@ PROGRAM = textwrap.dedent("""
         with ctx.connect() as collective:
             collective.buffer(1 << 20)
             ctx.emit([os.getpid(), os.getppid(), child.pid])
+            if ctx.rank == 0:
+                ctx.emit([ctx.gang.ticket.mark])
             time.sleep(300)
 
     pids = [idle]
     def listen(rank, event):
         pids.extend(event)
-        if len(pids) == 7:
-            print(*pids, flush=True)
+        if len(pids) == 8:
+            print(*sorted(pids, key=lambda pid: type(pid) is str), flush=True)
 
     try:
         engine.gang(work, 2, on_event=listen)
@@ -384,18 +403,19 @@ def _running(tmp_path):
         start_new_session=True,
         env={**os.environ, "TMPDIR": str(tmp_path)},
     )
-    pids = [int(pid) for pid in program.stdout.readline().split()]
+    *pids, mark = program.stdout.readline().split()
+    pids = [int(pid) for pid in pids]
     assert len(pids) == 7
+    assert leftovers(mark)
     assert all(map(_alive, pids))
     assert list(tmp_path.iterdir())
-    return program, pids
+    return program, pids, mark
 
 
 @linux
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM])
 def test_workers_die_with_the_driver(tmp_path, how):
-    before = _ours()
-    program, pids = _running(tmp_path)
+    program, pids, mark = _running(tmp_path)
     program.send_signal(how)
     program.communicate(timeout=20)
     assert _gone(pids, 15)
@@ -403,12 +423,12 @@ def test_workers_die_with_the_driver(tmp_path, how):
     while list(tmp_path.iterdir()) and time.monotonic() < deadline:
         time.sleep(0.05)
     assert list(tmp_path.iterdir()) == []
-    assert _ours() == before
+    assert leftovers(mark) == []
 
 
 @linux
 def test_ctrl_c_ends_the_gang_and_leaves_the_engine_usable(tmp_path):
-    program, pids = _running(tmp_path)
+    program, pids, mark = _running(tmp_path)
     os.killpg(program.pid, signal.SIGINT)  # as the terminal does
     out, errors = program.communicate(timeout=30)
     assert out == "interrupted [0, 1, 2]\n"
@@ -416,6 +436,37 @@ def test_ctrl_c_ends_the_gang_and_leaves_the_engine_usable(tmp_path):
     assert program.returncode == -signal.SIGINT
     assert _gone(pids)
     assert list(tmp_path.iterdir()) == []
+    assert leftovers(mark) == []
+
+
+MAPPING = textwrap.dedent("""
+    import os, signal, threading, time
+    from bigdl.orca.engines import ENGINES
+
+    engine = ENGINES.get("local")(2)
+    engine.submit(int).result()
+    refs = engine.map(lambda v: time.sleep(300), engine.map(str, engine.scatter(range(4))))
+    threading.Timer(1.0, os.kill, (os.getpid(), signal.SIGINT)).start()
+    try:
+        engine.gather(refs)
+    except KeyboardInterrupt:
+        print(engine.gang(lambda ctx: ctx.rank, 2))
+    engine.close()
+""")
+
+
+def test_ctrl_c_ends_what_makes_values():
+    done = subprocess.run(
+        [sys.executable, "-c", MAPPING], capture_output=True, text=True, timeout=60
+    )
+    assert (done.stdout, done.stderr) == ("[0, 1]\n", "")
+
+
+def test_work_for_a_value_that_nobody_wants_is_ended(engine):
+    refs = engine.map(time.sleep, engine.scatter([600] * 5))
+    time.sleep(0.5)
+    del refs
+    assert engine.gang(lambda ctx: ctx.rank, 3) == [0, 1, 2]
 
 
 SCRIPT = textwrap.dedent("""

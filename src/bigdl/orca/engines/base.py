@@ -120,7 +120,8 @@ class Task(Protocol[T_co]):
 class Ref(Protocol):
     """A value that an engine keeps, for as long as this object lives.
 
-    It may be pickled into the arguments of a task, or of a gang, and be read there.
+    It may be pickled into the arguments of a task, or of a gang, and be read there. When no ref
+    to a value is left, the value goes, and work that was still to make it is ended.
     """
 
     def get(self) -> Any:

@@ -19,7 +19,7 @@ from bigdl._base import machine
 from bigdl._base.environment import thread_variables
 from bigdl._base.errors import ArgumentError, ConfigError, WorkerError
 from bigdl._base.rendezvous import Rendezvous
-from bigdl._base.workers import dumps, search_path
+from bigdl._base.workers import search_path
 from bigdl.orca.engines import local_store as store
 from bigdl.orca.engines.base import GangSetup, check_gang, check_task, closed
 from bigdl.orca.engines.local_gang import Follower
@@ -29,6 +29,7 @@ from bigdl.orca.engines.local_ref import LocalRef, noticed
 from bigdl.orca.engines.local_service import Service
 from bigdl.orca.engines.local_task import LocalTask
 from bigdl.orca.engines.local_worker import Member, Order
+from bigdl.orca.engines.pickling import dumps
 from bigdl.orca.engines.preflight import Preflight, facts
 
 if TYPE_CHECKING:
@@ -39,6 +40,9 @@ if TYPE_CHECKING:
 __all__ = ["LocalEngine"]
 
 T = TypeVar("T")
+
+# Variables that say something about a moment, and nothing about how to run.
+_PASSING = frozenset({"_", "PWD", "OLDPWD", "SHLVL", "LINES", "COLUMNS", "PYTEST_CURRENT_TEST"})
 
 
 class LocalEngine:
@@ -207,9 +211,14 @@ class LocalEngine:
         return made
 
     def gather(self, refs: Sequence[Ref]) -> list[Any]:
-        """As ``Engine.gather``."""
+        """As ``Engine.gather``. Ctrl-C ends what still works for these refs."""
         self._check()
-        return [ref.get() for ref in refs]
+        try:
+            return [ref.get() for ref in refs]
+        except KeyboardInterrupt:
+            made = [ref.job for ref in refs if isinstance(ref, LocalRef) and ref.job is not None]
+            _cancel(self._start(), [job for one in made for job in (one, *one.behind())])
+            raise
 
     # --- its end ---
 
@@ -282,7 +291,7 @@ def _kind(
     return Kind(
         env=frozenset({**thread_variables(cores), **(env or {})}.items()),
         preload=tuple(preload),
-        around=frozenset(os.environ.items()),
+        around=frozenset(item for item in os.environ.items() if item[0] not in _PASSING),
         once=once,
     )
 

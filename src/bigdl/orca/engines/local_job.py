@@ -10,7 +10,7 @@ import threading
 from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     from bigdl._base.errors import BigDLError
     from bigdl.orca.engines.local_process import Kind, Process
@@ -73,6 +73,12 @@ class Job:
     def needs(self) -> list[Job]:
         """Jobs that have to end before."""
         return [ref.job for ref in self.refs if ref.job is not None]
+
+    def behind(self) -> Iterator[Job]:
+        """Jobs that have to end before, and those that these need."""
+        for need in self.needs:
+            yield need
+            yield from need.behind()
 
     def end(self, outcome: bytes | Failed | Lost | BigDLError) -> None:
         """Say how it ended, and let go of what it needed."""

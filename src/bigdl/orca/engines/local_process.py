@@ -21,12 +21,14 @@ from bigdl.orca.engines.local_worker import CARD, CONTROL, FRAME_LIMIT, host
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-__all__ = ["Crew", "Door", "Kind", "Process"]
+__all__ = ["Cores", "Crew", "Crews", "Door", "Kind", "Process", "every"]
 
 _STRANGER_S = 10.0
 _STRANGERS = 256
 _LAST_LINES = 8
 _LINE_LIMIT = 1 << 16
+#: Nurseries with no work that are kept for the next call.
+_IDLE_CREWS = 3
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,6 +68,41 @@ class Crew:
 
     def close(self) -> None:
         self._workers.close()
+
+
+class Crews:
+    """The crews of an engine, by kind; those that are not needed are closed after a while.
+
+    Args:
+        home: The kind that is kept as long as the engine.
+    """
+
+    def __init__(self, home: Kind) -> None:
+        self._home = home
+        self._by_kind: dict[Kind, Crew] = {}
+        self._dead: list[Crew] = []
+
+    def get(self, kind: Kind, busy: set[Kind]) -> Crew:
+        """The crew of a kind; a new one may take the place of one of no busy kind."""
+        crew = self._by_kind.get(kind)
+        if crew is not None and not crew.is_alive:
+            self._dead.append(crew)  # the engine's folder may be its own
+            crew = None
+        if crew is None:
+            self._thin_out(busy | {self._home})
+            crew = self._by_kind[kind] = Crew(kind)
+        return crew
+
+    def _thin_out(self, busy: set[Kind]) -> None:
+        idle = [crew for kind, crew in self._by_kind.items() if kind not in busy]
+        idle.sort(key=lambda crew: crew.used)
+        for crew in idle[: max(0, len(idle) + 1 - _IDLE_CREWS)]:
+            del self._by_kind[crew.kind]
+            crew.close()
+
+    def close(self) -> None:
+        for crew in [*self._by_kind.values(), *self._dead]:
+            crew.close()
 
 
 class Process:

@@ -23,7 +23,7 @@ from bigdl._base.errors import BigDLError, WorkerError
 from bigdl.orca.engines import local_store as store
 from bigdl.orca.engines.base import closed
 from bigdl.orca.engines.local_job import Mail
-from bigdl.orca.engines.local_process import Cores, Crew, Door, Kind, Process, every
+from bigdl.orca.engines.local_process import Cores, Crews, Door, Kind, Process, every
 from bigdl.orca.engines.local_worker import END, EVENT, FAILED, HELLO, ORDER, VALUE
 from bigdl.orca.engines.outcome import Failed, Lost
 
@@ -38,8 +38,6 @@ logger = logging.getLogger(__name__)
 
 #: A process that has done its work may tidy up for so long before it is killed.
 _LINGER_S = 5.0
-#: Nurseries with no work that are kept for the next call.
-_IDLE_CREWS = 3
 
 
 class Service:
@@ -67,8 +65,7 @@ class Service:
         self._selector.register(self._woken, selectors.EVENT_READ, lambda _: self._wake_up())
         self._calls: deque[Callable[[], None]] = deque()
         self._queue: deque[Sequence[Job]] = deque()
-        self._crews: dict[Kind, Crew] = {}
-        self._dead: list[Crew] = []
+        self._crews = Crews(home)
         self._processes: dict[int, Process] = {}
         self._count = 0
         self._closing = False
@@ -103,7 +100,7 @@ class Service:
             time.sleep(0.005)
 
     def drop(self, job: Job) -> None:
-        """Nobody will read the stored value of ``job``."""
+        """Nobody will read the stored value of ``job``: end it, if it runs, and forget it."""
         self._ask(lambda: self._drop(job))
 
     def folder(self) -> str:
@@ -174,8 +171,7 @@ class Service:
     def _end_all(self) -> None:
         for process in list(self._processes.values()):
             self._close_lines(process)
-        for crew in [*self._crews.values(), *self._dead]:
-            crew.close()
+        self._crews.close()
         jobs = [process.job for process in self._processes.values() if process.job is not None]
         for job in [*jobs, *(job for batch in self._queue for job in batch)]:
             job.process = None
@@ -236,26 +232,12 @@ class Service:
         idle = [one for one in self._processes.values() if one.job is None and one.is_connected]
         for one in idle[: max(0, len(self._processes) + 1 - self.slots)]:
             self._gone(one, kill=True)
-        crew = self._crews.get(kind)
-        if crew is not None and not crew.is_alive:
-            self._dead.append(crew)  # the engine's folder may be its own
-            crew = None
-        if crew is None:
-            crew = self._crews[kind] = Crew(kind)
-            self._thin_out()
+        busy = {one.crew.kind for one in self._processes.values()}
         self._count += 1
+        crew = self._crews.get(kind, busy)
         process = crew.start(self._door.port, self._key, self._count)
         self._processes[process.number] = process
         return process
-
-    def _thin_out(self) -> None:
-        """Close nurseries that have not been needed for longest."""
-        busy = {one.crew.kind for one in self._processes.values()} | {self._home}
-        idle = [crew for kind, crew in self._crews.items() if kind not in busy]
-        idle.sort(key=lambda crew: crew.used)
-        for crew in idle[: max(0, len(idle) - _IDLE_CREWS)]:
-            del self._crews[crew.kind]
-            crew.close()
 
     def _order(self, process: Process) -> None:
         """Send the order once there are both a line and a folder."""
@@ -273,10 +255,9 @@ class Service:
 
     def _drop(self, job: Job) -> None:
         job.is_dropped = True
-        if job.process is None:
-            self._cancel(job)
-            if job.path is not None:
-                store.remove(job.path)
+        self._cancel(job)
+        if job.path is not None:
+            store.remove(job.path)
 
     def _cancel(self, job: Job) -> None:
         process = job.process

@@ -6,6 +6,7 @@ Standard library only. ``local_service`` is the other end.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
 import pickle
 import socket
@@ -17,9 +18,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from bigdl._base import wire
-from bigdl._base.workers import dumps
 from bigdl.orca.engines import local_store as store
 from bigdl.orca.engines.outcome import failed
+from bigdl.orca.engines.pickling import dumps
 from bigdl.orca.engines.worker import run_member, sending
 
 if TYPE_CHECKING:
@@ -39,6 +40,14 @@ FRAME_LIMIT = 1 << 28
 CARD = struct.Struct("!IB")
 CONTROL, OUTPUT = range(2)
 _CONNECT_S = 30.0
+
+# OpenBLAS' function under the names that NumPy's and SciPy's wheels, and systems, give it.
+_BLAS_SETTERS = (
+    "scipy_openblas_set_num_threads64_",
+    "scipy_openblas_set_num_threads",
+    "openblas_set_num_threads64_",
+    "openblas_set_num_threads",
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,6 +95,7 @@ def host(port: int, key: bytes, number: int) -> None:
         key: The engine's secret.
         number: Which of its processes this one is.
     """
+    _widen_blas()
     line = _Line(_connect(port, key, number, CONTROL))
     with _connect(port, key, number, OUTPUT) as output:
         for fd in (1, 2):
@@ -139,6 +149,25 @@ def _settle(order: Order) -> None:
         for thread in os.listdir("/proc/self/task"):  # libraries may have started some
             with contextlib.suppress(ProcessLookupError):
                 os.sched_setaffinity(int(thread), order.cpus)
+
+
+def _widen_blas() -> None:
+    """Give an OpenBLAS that was loaded before this process was forked its threads.
+
+    A nursery loads it with one thread, so that it can fork.
+    """
+    threads = int(os.environ.get("OPENBLAS_NUM_THREADS", "1"))
+    if threads == 1 or "numpy" not in sys.modules or sys.platform != "linux":
+        return
+    with open("/proc/self/maps") as file:
+        libraries = {line.split()[-1] for line in file if "openblas" in line}
+    for library in libraries:
+        loaded = ctypes.CDLL(library)
+        for name in _BLAS_SETTERS:
+            setter = getattr(loaded, name, None)
+            if setter is not None:
+                setter(threads)
+                break
 
 
 def _connect(port: int, key: bytes, number: int, line: int) -> socket.socket:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from bigdl._base.rendezvous import join
-from bigdl._base.workers import dumps
+from bigdl.orca.engines.pickling import dumps
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
