@@ -42,6 +42,7 @@ FOREIGN = {
         "nano/accelerators/torch_*.py",
         "nano/accelerators/ipex.py",
         "orca/learn/pytorch/*",
+        "orca/data/adapters/*loader*.py",
         "testing/accelerator.py",
     ),
     "torchvision": ("nano/pytorch/vision/*",),
@@ -66,6 +67,12 @@ FOREIGN = {
     "nncf": ("nano/accelerators/openvino.py",),
     "intel_extension_for_pytorch": ("nano/accelerators/ipex.py",),
     "neural_compressor": ("nano/accelerators/neural_compressor.py",),
+    "pandas": ("orca/data/adapters/pandas.py",),
+    "pyarrow": (
+        "orca/data/adapters/arrow*.py",
+        "orca/data/adapters/parquet.py",
+        "orca/data/adapters/__init__.py",  # the line to install
+    ),
     "pytest": ("testing/*",),
     "typer": ("nano/cli.py",),
     "rich": ("nano/cli.py", "nano/accelerators/openvino.py"),  # NNCF's progress bars are rich's
@@ -133,9 +140,10 @@ def test_foreign_libraries_live_where_they_are_named(path):
 def _tables() -> dict[str, str]:
     """Modules of implementations, each with the table that names it."""
     from bigdl.nano.accelerators import ACCELERATORS
+    from bigdl.orca.data.adapters import ADAPTERS
     from bigdl.orca.engines import ENGINES
 
-    tables = {"ACCELERATORS": ACCELERATORS, "ENGINES": ENGINES}
+    tables = {"ACCELERATORS": ACCELERATORS, "ADAPTERS": ADAPTERS, "ENGINES": ENGINES}
     return {
         row.partition(":")[0]: name
         for name, table in tables.items()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections import Counter
+from itertools import chain
 
 import numpy as np
 import pytest
@@ -63,7 +64,7 @@ class ShuffledStream(Stream):
     def __iter__(self):
         rows = list(range(self.rows))
         random.shuffle(rows)
-        rows = np.random.permutation(rows)  # noqa: NPY002
+        rows = np.random.permutation(rows)
         for i in rows[torch.randperm(len(rows)).numpy()]:
             yield torch.tensor([float(i)]), 2 * int(i)
 
@@ -90,8 +91,7 @@ class TheirOwn(DataLoader):
     """Makes batches in a way of its own."""
 
     def __iter__(self):
-        for x, y in super().__iter__():
-            yield x, y
+        yield from map(tuple, super().__iter__())
 
 
 def pairs(samples):
@@ -225,7 +225,7 @@ def ids(sharded, world=1, **options):
         ]
         reader.close()
         found.append(parts)
-    return [sum(step, []) for step in zip(*found, strict=True)]
+    return [list(chain(*step)) for step in zip(*found, strict=True)]
 
 
 def test_a_loaders_own_generator_gives_the_orders_of_a_plain_loop():
@@ -264,8 +264,8 @@ def test_drop_last_and_weights_are_the_loaders():
     assert ids(dropped, 2) == [list(range(i, i + 5)) for i in range(0, 20, 5)]
     weights = torch.tensor([0.0] * 10 + [1.0] * 2)
     drawn = ids(adapt(DataLoader(Rows(12), 4, sampler=WeightedRandomSampler(weights, 30))), 2)
-    assert set(sum(drawn, [])) == {10, 11}
-    assert len(sum(drawn, [])) == 30
+    assert set(chain(*drawn)) == {10, 11}
+    assert len(list(chain(*drawn))) == 30
 
 
 @pytest.mark.parametrize("make", [Rows, Stream])

@@ -29,6 +29,8 @@ __all__ = ["Columns", "Nulls", "fill_nulls", "from_cells", "narrowed", "stacked"
 
 _EPOCH = datetime.datetime(1970, 1, 1, tzinfo=datetime.UTC)
 _MICROSECOND = datetime.timedelta(microseconds=1)
+# Kinds that may stand in one column: points in time, times of day, spans of time.
+_TIMES = (datetime.date, np.datetime64), (datetime.time,), (datetime.timedelta, np.timedelta64)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -258,7 +260,7 @@ def from_cells(cells: np.ndarray, column: Any, *, is_free: bool) -> np.ndarray:
         return _whole(cells, column)
     if all(issubclass(kind, (numbers.Real, decimal.Decimal)) for kind in kinds):
         return cells.astype(np.float64).astype(np.float32)
-    if all(issubclass(kind, (datetime.date, np.datetime64)) for kind in kinds):
+    if any(all(issubclass(kind, times) for kind in kinds) for times in _TIMES):
         return np.array([_microseconds(cell) for cell in cells], dtype=np.int64)
     if all(issubclass(kind, (list, tuple, np.ndarray)) for kind in kinds):
         return stacked(cells, column)
@@ -309,8 +311,12 @@ def _time(value: Any) -> Any:
 
 
 def _microseconds(cell: Any) -> int:
-    if isinstance(cell, np.datetime64):
-        return int(cell.astype("M8[us]").astype(np.int64))
+    if isinstance(cell, (np.datetime64, np.timedelta64)):
+        return int(cell.astype(f"{cell.dtype.kind}8[us]").astype(np.int64))
+    if isinstance(cell, datetime.time):
+        cell = datetime.datetime.combine(_EPOCH, cell.replace(tzinfo=None))
+    if isinstance(cell, datetime.timedelta):
+        return cell // _MICROSECOND
     if not isinstance(cell, datetime.datetime):
         cell = datetime.datetime.combine(cell, datetime.time())
     if cell.tzinfo is None:

@@ -6,7 +6,7 @@ through again until it falls inside (cycle walking, less than twice on average).
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -84,7 +84,7 @@ class Permutation:
         out = np.empty(given.shape, dtype=np.int64)
         for first in range(0, len(given), _CHUNK):
             span = slice(first, first + _CHUNK)
-            words = step(given[span].astype(self._kind))
+            words: Any = step(cast("_Words", given[span].astype(self._kind)))
             outside = np.flatnonzero(words >= self.rows)
             while outside.size:
                 words[outside] = again = step(words[outside])

@@ -10,6 +10,7 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 from bigdl._base.errors import ArgumentError
+from bigdl._base.optional import need
 from bigdl._base.registry import Registry
 from bigdl.orca.data.contract import Request, Sharded
 
@@ -29,7 +30,6 @@ ADAPTERS: Registry[Callable[[Any, Request], Sharded]] = Registry(
         "dataset": "bigdl.orca.data.adapters.dataloader:adapt_dataset",
         "creator": "bigdl.orca.data.adapters.creator:adapt_creator",
     },
-    group="bigdl.data",
 )
 
 # Kind -> (module, class) pairs whose instances it takes, asked in this order.
@@ -47,8 +47,6 @@ def kind_of(data: object) -> str | None:
     for kind, classes in _CLASSES.items():
         if any(_is_a(data, module, name) for module, name in classes):
             return kind
-    if _is_a(data, "pyarrow.dataset", "Dataset"):
-        return "parquet"
     if isinstance(data, (str, os.PathLike)):
         return "parquet"
     if isinstance(data, list) and data and all(isinstance(i, (str, os.PathLike)) for i in data):
@@ -73,6 +71,7 @@ def adapt(data: Any, request: Request | None = None) -> Sharded:
 
     Raises:
         ArgumentError: No adapter takes data of this kind.
+        MissingDependencyError: Paths of Parquet files need pyarrow.
         ConfigError: An argument does not go with this kind of data.
         DataError: The data cannot be used as asked.
     """
@@ -86,4 +85,6 @@ def adapt(data: Any, request: Request | None = None) -> Sharded:
             "labels), a pandas DataFrame, a pyarrow Table, a path of Parquet files, a DataLoader, "
             "a Dataset, or a function (config, batch_size) that makes one of these two."
         )
+    if kind == "parquet":
+        need("pyarrow", extra="spark", purpose="Reading Parquet files")
     return ADAPTERS.get(kind)(data, request)

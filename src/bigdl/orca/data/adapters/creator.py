@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +11,8 @@ from bigdl.orca.data.contract import DEFAULT_BATCH_SIZE, OutputSchema, Request, 
 from bigdl.orca.data.memory import mapped_by_rank
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
     from bigdl._base.trees import Tree
     from bigdl.orca.data.contract import Reader, Schema
 

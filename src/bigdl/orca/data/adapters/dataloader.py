@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 __all__ = ["DatasetSharded", "LoaderSharded", "adapt_dataset", "adapt_loader"]
 
 
-def adapt_loader(loader: DataLoader, request: Request) -> LoaderSharded:
+def adapt_loader(loader: DataLoader[Any], request: Request) -> LoaderSharded:
     """A recipe that holds a loader.
 
     Raises:
@@ -49,7 +49,7 @@ def adapt_loader(loader: DataLoader, request: Request) -> LoaderSharded:
     return LoaderSharded(loader=loader, has_labels=request.has_labels)
 
 
-def adapt_dataset(dataset: Dataset, request: Request) -> LoaderSharded | DatasetSharded:
+def adapt_dataset(dataset: Dataset[Any], request: Request) -> LoaderSharded | DatasetSharded:
     """A recipe of a dataset: in batches as large as asked, and shuffled if it is indexed.
 
     Raises:
@@ -64,7 +64,8 @@ def adapt_dataset(dataset: Dataset, request: Request) -> LoaderSharded | Dataset
         return LoaderSharded(loader=loader, has_labels=request.has_labels)
     if not hasattr(dataset, "__len__"):
         raise DataError(
-            f"{type(dataset).__name__} has no __len__. Give it one, or a DataLoader with a sampler."
+            f"{type(dataset).__name__} has no __len__. Give it one, or a DataLoader with a "
+            "sampler."
         )
     if request.has_labels and len(dataset) == 0:
         raise DataError(f"{request.call}() got a Dataset without rows.")
@@ -135,7 +136,7 @@ class LoaderSharded(_Mapped):
         has_labels: Batches stay as they are; else what predict needs of them.
     """
 
-    loader: DataLoader
+    loader: DataLoader[Any]
     has_labels: bool
 
     def __getstate__(self) -> dict[str, Any]:
@@ -249,7 +250,7 @@ class LoaderReader:
         if end is not None:
             end()
 
-    def _indexed(self, loader: DataLoader, streams: Any, start: int) -> Iterator[Batch]:
+    def _indexed(self, loader: DataLoader[Any], streams: Any, start: int) -> Iterator[Batch]:
         """The lists of row numbers are cut: rows of others are not read."""
         order = CutOrder(
             loader._index_sampler, streams, rank=self._rank, world=self._world, start=start
@@ -267,14 +268,15 @@ class LoaderReader:
         if order.met < start:
             check_start(start, order.met)
 
-    def _generator(self, loader: DataLoader) -> torch.Generator | None:
+    def _generator(self, loader: DataLoader[Any]) -> torch.Generator | None:
         """What seeds the loader's own processes: another one for each rank."""
-        if loader.generator is None or self._rank == 0:
-            return loader.generator
-        drawn = torch.empty((), dtype=torch.int64).random_(generator=loader.generator).item()
+        given: torch.Generator | None = loader.generator
+        if given is None or self._rank == 0:
+            return given
+        drawn = torch.empty((), dtype=torch.int64).random_(generator=given).item()
         return torch.Generator().manual_seed((int(drawn) + self._rank) % (1 << 63))
 
-    def _stream(self, loader: DataLoader, streams: Any) -> Iterator[Batch]:
+    def _stream(self, loader: DataLoader[Any], streams: Any) -> Iterator[Batch]:
         """Every rank reads the stream; samples are cut before they are collated."""
         collate = _CutCollate(loader.collate_fn, self._rank, self._world)
         changes = {"batch_size": loader.batch_size, "drop_last": loader.drop_last}
@@ -282,7 +284,7 @@ class LoaderReader:
         for data, here, total in self._pulled(cut, streams):
             yield self._batch(data, here, total)
 
-    def _whole(self, loader: DataLoader, streams: Any) -> Iterator[Batch]:
+    def _whole(self, loader: DataLoader[Any], streams: Any) -> Iterator[Batch]:
         """Every rank reads all batches, and keeps its part of their rows."""
         for data in self._pulled(loader, streams):
             total = rows(data, "the batch")
@@ -290,7 +292,7 @@ class LoaderReader:
             if total:
                 yield self._batch(slice_rows(data, first, last), last - first, total)
 
-    def _pulled(self, loader: DataLoader, streams: Any) -> Iterator[Any]:
+    def _pulled(self, loader: DataLoader[Any], streams: Any) -> Iterator[Any]:
         """The items of a loader that all ranks read: all draws are from the epoch's streams."""
         with streams:
             running = self._running = iter(loader)
@@ -308,7 +310,7 @@ class LoaderReader:
         return Batch(data if self._source.has_labels else _features(data), here, total)
 
 
-def _has_lists(loader: DataLoader) -> bool:
+def _has_lists(loader: DataLoader[Any]) -> bool:
     """The order of an indexed dataset comes in lists of row numbers, one a batch."""
     return loader.batch_sampler is not None or isinstance(loader.sampler, BatchSampler)
 
@@ -329,7 +331,7 @@ def _from(start: int, batches: Iterator[Batch]) -> Iterator[Batch]:
         check_start(start, met)
 
 
-def _like(loader: DataLoader, **changes: Any) -> DataLoader:
+def _like(loader: DataLoader[Any], **changes: Any) -> DataLoader[Any]:
     """A loader on the same dataset and as many processes, for one epoch."""
     kept: dict[str, Any] = {
         "num_workers": loader.num_workers,

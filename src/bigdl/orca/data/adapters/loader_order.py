@@ -38,13 +38,13 @@ __all__ = ["CutOrder", "Epochs", "Streams", "is_settled", "is_stock", "is_stream
 _SETTLED = (SequentialSampler, RandomSampler, SubsetRandomSampler, WeightedRandomSampler)
 
 
-def is_stock(loader: DataLoader) -> bool:
+def is_stock(loader: DataLoader[Any]) -> bool:
     """Batches come about as in torch's own class."""
     kind = type(loader)
     return kind.__iter__ is DataLoader.__iter__ and kind._get_iterator is DataLoader._get_iterator
 
 
-def is_stream(loader: DataLoader) -> bool:
+def is_stream(loader: DataLoader[Any]) -> bool:
     """The dataset has no row numbers."""
     return isinstance(loader.dataset, IterableDataset)
 
@@ -83,7 +83,7 @@ class Streams:
 class Epochs:
     """A copy of a loader that stands at the beginning of the epoch asked for."""
 
-    def __init__(self, loader: DataLoader) -> None:
+    def __init__(self, loader: DataLoader[Any]) -> None:
         self._given = loader
         self._begin()
 
@@ -126,12 +126,12 @@ class Epochs:
             deque(iter(loader._index_sampler), maxlen=0)
 
 
-def _own(loader: DataLoader) -> list[Any]:
+def _own(loader: DataLoader[Any]) -> list[Any]:
     """What else of a loader may draw when rows are met: only a stream is read in order."""
     return [loader.dataset] if is_stream(loader) else []
 
 
-def _copied(loader: DataLoader) -> DataLoader:
+def _copied(loader: DataLoader[Any]) -> DataLoader[Any]:
     """A loader with samplers and generators of its own, on the same dataset and functions."""
     shared = (loader.collate_fn, loader.worker_init_fn, loader.multiprocessing_context)
     memo: dict[int, Any] = {id(one): one for one in shared}

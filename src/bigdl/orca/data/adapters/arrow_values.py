@@ -1,0 +1,138 @@
+"""Values of Arrow columns as NumPy arrays, and back."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from bigdl._base.errors import DataError
+from bigdl.orca.data.columns import from_cells, narrowed
+
+if TYPE_CHECKING:
+    from bigdl.orca.data.columns import Columns, Nulls
+
+__all__ = ["array_column", "arrays_of"]
+
+_TIMES = (pa.types.is_timestamp, pa.types.is_date)
+_SPANS = (pa.types.is_duration, pa.types.is_time)
+_LISTS = (pa.types.is_list, pa.types.is_large_list, pa.types.is_fixed_size_list)
+
+
+def arrays_of(table: pa.Table, columns: Columns, nulls: Nulls) -> dict[str, np.ndarray]:
+    """The columns asked for as arrays, by name.
+
+    Raises:
+        DataError: Nulls without ``fill``, or values that no model takes as they are.
+    """
+    chosen = {name: table.column(name) for name in columns.names}
+    for name, column in chosen.items():
+        if column.null_count and name not in columns.fill:
+            nulls.add(name, column.null_count)
+    nulls.check()
+    arrays = {}
+    for name, column in chosen.items():
+        if column.null_count:
+            column = _filled(column, name, columns.fill[name])
+        whole = column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
+        if isinstance(whole, pa.ChunkedArray):  # older versions, and more than 2 GB of strings
+            whole = pa.concat_arrays(whole.chunks) if whole.num_chunks else whole
+        arrays[name] = _array(whole, name, is_free=name in columns.free)
+    return arrays
+
+
+def _filled(column: pa.ChunkedArray, name: str, value: Any) -> pa.ChunkedArray:
+    kind = column.type
+    if pa.types.is_dictionary(kind):
+        column = column.cast(kind.value_type)
+    elif pa.types.is_decimal(kind):
+        column = column.cast(pa.float64())
+    kind = column.type
+    try:
+        if any(is_list(kind) for is_list in _LISTS) and not isinstance(value, (list, tuple)):
+            full = next((cell for cell in column if cell.is_valid), None)
+            if isinstance(value, np.ndarray):
+                value = value.tolist()
+            elif full is not None:
+                value = [value] * len(full.values)
+        if str(kind) in ("string", "large_string") and not isinstance(value, str):
+            raise TypeError(f"it holds {kind}")
+        return _replaced(column, pa.scalar(value, type=kind))
+    except (pa.ArrowInvalid, pa.ArrowTypeError, pa.ArrowNotImplementedError, TypeError) as exc:
+        raise DataError(f"fill={value!r} does not fit column {name!r}: {exc}.") from exc
+
+
+def _replaced(column: pa.ChunkedArray, value: pa.Scalar) -> pa.ChunkedArray:
+    if not pa.types.is_nested(column.type):
+        return pc.fill_null(column, value)
+    cells = [value.as_py() if not cell.is_valid else cell.as_py() for cell in column]
+    return pa.chunked_array([pa.array(cells, type=column.type)])
+
+
+def _array(column: pa.Array, name: str, *, is_free: bool) -> np.ndarray:
+    """A column without nulls as an array of the type that models get."""
+    kind = column.type
+    if isinstance(column, pa.ExtensionArray):
+        if hasattr(column, "to_numpy_ndarray") and len(column):
+            tensors: np.ndarray = column.to_numpy_ndarray()
+            return tensors
+        return _array(column.storage, name, is_free=is_free)
+    if pa.types.is_dictionary(kind):
+        return _array(column.dictionary_decode(), name, is_free=is_free)
+    if pa.types.is_decimal(kind):
+        return narrowed(pc.cast(column, pa.float64()).to_numpy(zero_copy_only=False), name)
+    if any(is_time(kind) for is_time in _TIMES):
+        return _whole(pc.cast(column, pa.timestamp("us", getattr(kind, "tz", None)), safe=False))
+    if any(is_span(kind) for is_span in _SPANS):
+        span = pa.time64("us") if pa.types.is_time(kind) else pa.duration("us")
+        return _whole(pc.cast(column, span, safe=False))
+    if any(is_list(kind) for is_list in _LISTS):
+        return _lists(column, name)
+    values = column.to_numpy(zero_copy_only=False)
+    if values.dtype.kind == "O":
+        return from_cells(values, name, is_free=is_free)
+    return narrowed(values, name)
+
+
+def _whole(column: pa.Array) -> np.ndarray:
+    """Microseconds as whole numbers."""
+    values: np.ndarray = column.view(pa.int64()).to_numpy(zero_copy_only=False)
+    return values
+
+
+def _lists(column: pa.Array, name: str) -> np.ndarray:
+    """Lists of one length as an array (rows, length, …), in the type that they hold."""
+    if len(column) == 0:
+        return np.empty((0, 0), dtype=np.float32)
+    lengths = pc.list_value_length(column).to_numpy(zero_copy_only=False)
+    different = np.flatnonzero(lengths != lengths[0])
+    if len(different):
+        row = int(different[0])
+        raise DataError(
+            f"Column {name!r} holds arrays of length {int(lengths[0])} (row 0) and of length "
+            f"{int(lengths[row])} (row {row}); a model needs one fixed length."
+        )
+    flat = column.flatten()
+    if flat.null_count:
+        raise DataError(f"Column {name!r} holds arrays with {flat.null_count} nulls inside.")
+    if any(is_list(flat.type) for is_list in _LISTS):
+        values = _lists(flat, name)
+    else:
+        values = flat.to_numpy(zero_copy_only=False)
+        if values.dtype.kind not in "biuf":
+            raise DataError(f"Column {name!r} holds arrays of {flat.type}; need numbers.")
+    return values.reshape(len(column), int(lengths[0]), *values.shape[1:])
+
+
+def array_column(values: np.ndarray) -> pa.Array:
+    """Outputs as a column: numbers, or fixed-size lists."""
+    if values.ndim == 2 and values.shape[1] == 1:
+        values = values[:, 0]
+    if values.ndim <= 1:
+        return pa.array(values)
+    column = pa.array(np.ascontiguousarray(values).reshape(-1))
+    for length in reversed(values.shape[1:]):
+        column = pa.FixedSizeListArray.from_arrays(column, length)
+    return column
