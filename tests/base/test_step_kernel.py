@@ -209,6 +209,16 @@ def test_one_worker_touches_nothing_without_need():
     assert outcome.rows == 2
 
 
+@pytest.mark.parametrize("bad", [np.inf, np.nan, 1e30])
+def test_what_has_diverged_stays_so_without_a_warning(bad):
+    kernel = StepKernel(Alone(), [2], ["float32"], clip_norm=1.0)
+    kernel.gradients[0][:] = bad, 1.0
+    outcome = kernel.reduce(Contribution(used=[True], rows=1, weight=3.0, loss=1e300))
+    assert not np.isfinite(outcome.norm)
+    assert outcome.loss == np.inf
+    assert not np.isclose(kernel.gradients[0], [bad / 3, 1 / 3]).all()
+
+
 @pytest.mark.parametrize(
     ("options", "text"),
     [

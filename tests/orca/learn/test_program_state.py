@@ -307,8 +307,8 @@ def test_a_state_makes_a_model_of_the_users_function():
     assert given.model_of(state) is model
 
 
-def test_a_state_is_tensors_and_plain_values():
-    from bigdl.orca.learn.checkpoint import Checkpoint
+def test_a_state_is_tensors_and_plain_values(tmp_path):
+    from bigdl.orca.learn import checkpoint
 
     def kinds(value):
         if isinstance(value, dict):
@@ -319,7 +319,12 @@ def test_a_state_is_tensors_and_plain_values():
 
     state = cases.of("resume sharded 3", 2)[0][0]
     assert kinds(state) <= {torch.Tensor, str, int, float, bool, type(None)}
-    assert Checkpoint(state=state, cursor=Cursor(), seed=0).state is state
+    replica, codec = dropping(0.0).build(alone()), dropping(0.0).codec
+    saved = checkpoint.Checkpoint(state=state, cursor=Cursor(), seed=0)
+    checkpoint.write(str(tmp_path / "one"), saved, codec)
+    replica.load(checkpoint.read(str(tmp_path / "one"), codec).state)
+    same(flat(replica.state()), flat(state), 0)
+    assert replica.scheduler.milestones == dropping(0.0).scheduler.milestones
 
 
 def test_the_codec_gives_back_what_it_got():

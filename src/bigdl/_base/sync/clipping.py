@@ -42,15 +42,17 @@ def clipping(norm: float, limit: float) -> float:
 def sum_of_squares(array: NDArray[Any]) -> float:
     """Of a flat array."""
     total = 0.0
-    for start in range(0, array.size, _BLOCK):
-        block = array[start : start + _BLOCK]
-        total += float(np.dot(block, block))
+    with np.errstate(over="ignore", invalid="ignore"):  # a gradient may have diverged
+        for start in range(0, array.size, _BLOCK):
+            block = array[start : start + _BLOCK]
+            total += float(np.dot(block, block))
     return total
 
 
 def finish(array: NDArray[Any], factor: float, clip_value: float | None) -> None:
     """Multiply ``array``, then clip its values, in place."""
     if factor != 1.0:
-        np.multiply(array, array.dtype.type(factor), out=array)
+        with np.errstate(over="ignore", under="ignore", invalid="ignore"):
+            np.multiply(array, array.dtype.type(factor), out=array)
     if clip_value is not None:
         np.clip(array, -clip_value, clip_value, out=array)

@@ -172,7 +172,8 @@ class StepKernel:
             "bringers": brings,
             "stop": mine.stop,
         }
-        head[: len(FIELDS)] = [fields[name] for name in FIELDS]
+        with np.errstate(over="ignore"):  # a loss beyond float32 is infinite there
+            head[: len(FIELDS)] = [fields[name] for name in FIELDS]
         head[len(FIELDS) : self.layout.head] = mine.used
 
     def _add_up(self) -> None:

@@ -221,3 +221,13 @@ class Program(Protocol):
         Raises:
             ConfigError: Its parts do not go together.
         """
+
+    def take(self, state: State) -> Any:
+        """Put a replica's state into the user's own objects, in the caller's process.
+
+        Returns:
+            The model: the user's own, or a new one where the user gave a function.
+
+        Raises:
+            StoredModelError: It is of another model; nothing has changed.
+        """

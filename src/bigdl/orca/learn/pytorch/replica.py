@@ -67,13 +67,13 @@ class TorchReplica:
                 "Training needs an optimizer and a loss: give optimizer= and loss= where the "
                 "model is given."
             )
-        modes = [(module, module.training) for module in self.model.modules()]
-        if not self.model.training:
-            self.model.train()
         self._gradients = connect_gradients(
             self._ctx, self.optimizer, averages=self._loss.averages
         )
         self._gradients.clear()
+        modes = [(module, module.training) for module in self.model.modules()]
+        if not self.model.training:
+            self.model.train()
         try:
             with self._streams.drawn():
                 rows = _Run(self, self._gradients, hooks, start).epochs(epochs)
