@@ -109,6 +109,7 @@ class OrcaContext(metaclass=_Settings):
         with _lock:
             if _current is self:
                 _current = None
+                atexit.unregister(_stop_at_exit)
             if not self._is_stopped and self._pid == os.getpid():
                 self._is_stopped = True
                 self._engine.close()
@@ -215,7 +216,6 @@ def stop_orca_context() -> None:
     """End the running context and all that it has started; without one, do nothing."""
     with _lock:
         if _current is not None:
-            atexit.unregister(_stop_at_exit)
             _current.stop()
 
 

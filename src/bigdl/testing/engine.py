@@ -351,6 +351,23 @@ class EngineContract:
         assert time.monotonic() - started < 15
         assert caught.value.rank == 1
 
+    def test_a_killed_member_whose_child_holds_its_lines(self, engine: Engine) -> None:
+        def work(ctx: WorkerContext) -> None:
+            if ctx.rank == 1:
+                if os.fork() == 0:  # it has a copy of all its parent's sockets
+                    os.setsid()
+                    time.sleep(30)
+                    os._exit(0)
+                time.sleep(0.5)
+                os.kill(os.getpid(), signal.SIGKILL)
+            ctx.barrier()
+
+        started = time.monotonic()
+        with pytest.raises(WorkerLostError, match=r"(?s)[Ww]orker 1 of 2.*SIGKILL") as caught:
+            engine.gang(work, 2)
+        assert time.monotonic() - started < 15
+        assert caught.value.rank == 1
+
     def test_a_member_that_leaves_with_a_code(self, engine: Engine) -> None:
         def work(ctx: WorkerContext) -> None:
             if ctx.rank == 0:
@@ -516,6 +533,13 @@ class EngineContract:
 
         counts = [engine.gather(engine.map(count, engine.scatter([0])))[0] for _ in range(40)]
         assert max(counts) > 1
+
+    def test_refs_within_values_are_read_in_workers(self, engine: Engine) -> None:
+        inner = engine.map(lambda value: value * 2, engine.scatter([1, 2]))
+        outer = engine.scatter([inner])
+        del inner
+        read = engine.map(lambda refs: [ref.get() for ref in refs], outer)
+        assert engine.gather(read) == [[2, 4]]
 
     def test_refs_of_others_are_refused(self, engine: Engine) -> None:
         with pytest.raises(ArgumentError, match=r"refs\[1\] is a int"):

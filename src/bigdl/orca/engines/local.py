@@ -181,8 +181,12 @@ class LocalEngine:
         folder = self._start().folder()
         refs: list[Ref] = []
         for value in values:
-            ref = LocalRef(store.new_path(folder))
-            store.save(dumps(value), ref.path)
+            with noticed() as read:
+                data = dumps(value)
+            for one in read:
+                one.wait()
+            ref = LocalRef(store.new_path(folder), reads=read)
+            store.save(data, ref.path)
             refs.append(ref)
         return refs
 

@@ -136,7 +136,9 @@ class Follower:
             return
         now = time.monotonic()
         for rank, job in enumerate(self._jobs):
-            if job not in self._ended and now - self._heard[rank] > limit_s:
+            if job.process is None and job not in self._ended:
+                self._heard[rank] = now  # it waits for a slot
+            elif job not in self._ended and now - self._heard[rank] > limit_s:
                 raise WorkerLostError(
                     f"{job.where[:1].upper()}{job.where[1:]} is taken for hung: nothing came "
                     f"from it for {limit_s:g} s. The gang was ended.",

@@ -9,6 +9,8 @@ import queue
 import threading
 from typing import TYPE_CHECKING, NamedTuple
 
+from bigdl._base.errors import WorkerError
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
@@ -79,6 +81,12 @@ class Job:
         for need in self.needs:
             yield need
             yield from need.behind()
+
+    def cancelled(self) -> WorkerError:
+        """What it ends with when it is cancelled."""
+        return WorkerError(
+            f"{self.where[:1].upper()}{self.where[1:]} was cancelled.", rank=self.rank
+        )
 
     def end(self, outcome: bytes | Failed | Lost | BigDLError) -> None:
         """Say how it ended, and let go of what it needed."""

@@ -111,6 +111,7 @@ class Process:
     def __init__(self, crew: Crew, number: int, worker: Worker) -> None:
         self.crew = crew
         self.number = number
+        self.pid = 0
         #: What it works at; None = idle. The service's.
         self.job: Any = None
         #: Whether the order has gone out.
@@ -120,6 +121,8 @@ class Process:
         self.cpus: tuple[int, ...] | None = None
         #: When it has to be gone by, once it was told to end.
         self.deadline: float | None = None
+        #: Since when it is known to have ended, though its lines have not.
+        self.lost_since: float | None = None
         self.line: socket.socket | None = None
         self.output: socket.socket | None = None
         #: Whether both lines have come; the second may have ended since.
@@ -131,10 +134,6 @@ class Process:
         self._worker = worker
         self._partial = b""
         self._last: deque[str] = deque(maxlen=_LAST_LINES)
-
-    @property
-    def pid(self) -> int | None:
-        return self._worker.pid
 
     def is_lost(self) -> bool:
         """Whether the process has ended; does not wait."""
@@ -215,8 +214,8 @@ class Door:
         self._sock.setblocking(False)
         self._strangers: dict[socket.socket, _Stranger] = {}
         self.port: int = self._sock.getsockname()[1]
-        #: Called with (number, is the control line, socket) for each of ours.
-        self.welcome: Callable[[int, bool, socket.socket], None] = lambda *_: None
+        #: Called with (number, pid, is the control line, socket) for each of ours.
+        self.welcome: Callable[[int, int, bool, socket.socket], None] = lambda *_: None
         selector.register(self._sock, selectors.EVENT_READ, lambda _: self._let_in())
 
     def look_at_clock(self) -> None:
@@ -261,8 +260,8 @@ class Door:
             sock.close()
             return
         wire.settle(sock)
-        number, line = CARD.unpack(card)
-        self.welcome(number, line == CONTROL, sock)
+        number, pid, line = CARD.unpack(card)
+        self.welcome(number, pid, line == CONTROL, sock)
 
     def _forget(self, stranger: _Stranger) -> socket.socket:
         del self._strangers[stranger.sock]

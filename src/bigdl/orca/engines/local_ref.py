@@ -16,7 +16,7 @@ from bigdl.orca.engines import local_store as store
 from bigdl.orca.engines.local_task import show, value_of
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
     from bigdl.orca.engines.local_job import Job
     from bigdl.orca.engines.local_service import Service
@@ -33,11 +33,20 @@ class LocalRef:
         path: The file.
         job: What will write it; None = it is there.
         service: Where the job runs.
+        reads: Refs within the value; they live as long as this one.
     """
 
-    def __init__(self, path: str, job: Job | None = None, service: Service | None = None) -> None:
+    def __init__(
+        self,
+        path: str,
+        job: Job | None = None,
+        service: Service | None = None,
+        *,
+        reads: Sequence[LocalRef] = (),
+    ) -> None:
         self.path = path
         self.job = job
+        self._reads = reads
         if job is None or service is None:
             weakref.finalize(self, store.remove, path).atexit = False
         else:

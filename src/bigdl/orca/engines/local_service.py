@@ -38,6 +38,8 @@ logger = logging.getLogger(__name__)
 
 #: A process that has done its work may tidy up for so long before it is killed.
 _LINGER_S = 5.0
+#: How often to look for processes that have ended in silence.
+_LOOK_S = 0.5
 
 
 class Service:
@@ -68,6 +70,7 @@ class Service:
         self._crews = Crews(home)
         self._processes: dict[int, Process] = {}
         self._count = 0
+        self._looked = 0.0
         self._closing = False
         self._broken = ""
         self._thread = threading.Thread(target=self._run, name="bigdl-engine", daemon=True)
@@ -143,7 +146,7 @@ class Service:
         try:
             self._start(self._home)
             while not self._closing:
-                for key, events in self._selector.select(1.0):
+                for key, events in self._selector.select(_LOOK_S):
                     key.data(events)
                 while self._calls:
                     self._calls.popleft()()
@@ -161,12 +164,20 @@ class Service:
 
     def _look_after(self) -> None:
         """Notice processes that ended without hanging up, or do not end."""
+        now = time.monotonic()
+        for process in list(self._processes.values()):
+            if process.deadline is not None and now > process.deadline:
+                self._gone(process, kill=True)
+        if now - self._looked < _LOOK_S:
+            return
+        self._looked = now
         self._door.look_at_clock()
         for process in list(self._processes.values()):
-            if process.deadline is not None and time.monotonic() > process.deadline:
-                self._gone(process, kill=True)
-            elif not process.is_connected and process.is_lost():
+            # what it has sent is read first; a child of its own may hold its lines for ever
+            if process.lost_since is not None:
                 self._gone(process)
+            elif process.is_lost():
+                process.lost_since = now
 
     def _end_all(self) -> None:
         for process in list(self._processes.values()):
@@ -245,7 +256,7 @@ class Service:
         if job is None or process.is_ordered or not process.is_connected or not self._folder:
             return
         process.is_ordered = True
-        job.where = f"{job.where} (process {process.pid})" if process.pid else job.where
+        job.where = f"{job.where} (process {process.pid})"
         self._say(process, ORDER, pickle.dumps(job.make(process.cpus, self._folder)))
 
     def _finish(self, job: Job, outcome: bytes | Failed | Lost | BigDLError) -> None:
@@ -265,15 +276,16 @@ class Service:
             self._gone(process, kill=True)
         elif not job.ended.is_set():
             self._queue = deque(batch for batch in self._queue if job not in batch)
-            self._finish(job, _cancelled(job))
+            self._finish(job, job.cancelled())
 
     # --- processes ---
 
-    def _welcome(self, number: int, is_control: bool, sock: socket.socket) -> None:
+    def _welcome(self, number: int, pid: int, is_control: bool, sock: socket.socket) -> None:
         process = self._processes.get(number)
         if process is None or (process.line if is_control else process.output) is not None:
             sock.close()
             return
+        process.pid = pid
         hear = self._read_line if is_control else self._read_output
         self._selector.register(sock, selectors.EVENT_READ, lambda events: hear(process, events))
         if is_control:
@@ -377,7 +389,7 @@ class Service:
             lost = Lost(
                 text=how or "it ended before it gave an answer.", output=process.last_lines
             )
-            self._finish(job, _cancelled(job) if kill else lost)
+            self._finish(job, job.cancelled() if kill else lost)
         if process.crew.kind == self._home and not self._folder:
             raise WorkerError(f"No worker process could be started on this machine: {how}")
 
@@ -388,7 +400,3 @@ class Service:
                     self._selector.unregister(sock)
         process.close()
         process.line = process.output = None
-
-
-def _cancelled(job: Job) -> WorkerError:
-    return WorkerError(f"{job.where[:1].upper()}{job.where[1:]} was cancelled.", rank=job.rank)

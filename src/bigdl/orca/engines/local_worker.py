@@ -36,8 +36,8 @@ HELLO, EVENT, VALUE, FAILED = range(16, 20)
 #: A frame holds a message of at most an order's fields, or says in which file it is.
 FRAME_LIMIT = 1 << 28
 
-# What a worker says when it connects: its number, and which of its two lines this is.
-CARD = struct.Struct("!IB")
+# What a worker says when it connects: its number, its pid, and which of its two lines this is.
+CARD = struct.Struct("!IIB")
 CONTROL, OUTPUT = range(2)
 _CONNECT_S = 30.0
 
@@ -179,7 +179,7 @@ def _connect(port: int, key: bytes, number: int, line: int) -> socket.socket:
         if not received:
             raise ConnectionError("The engine has hung up.")
         nonce += received
-    card = CARD.pack(number, line)
+    card = CARD.pack(number, os.getpid(), line)
     sock.sendall(card + wire.proof(key, nonce, card))
     sock.settimeout(None)
     wire.settle(sock)
