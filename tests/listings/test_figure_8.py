@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 
 
-@pytest.mark.xfail(raises=ModuleNotFoundError, strict=True, reason="bigdl.orca to come")
 def test_figure_8(digits):
     from bigdl.orca import init_orca_context, stop_orca_context
     from bigdl.orca.learn.pytorch import Estimator

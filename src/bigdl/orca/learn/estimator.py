@@ -1,0 +1,390 @@
+"""What every estimator can do, whatever the framework: fit, evaluate, predict, checkpoints.
+
+A face (``bigdl.orca.learn.pytorch``, …) makes the program and puts its words around it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, Literal
+
+from bigdl._base.calls import shown
+from bigdl._base.errors import ArgumentError, ConfigError, NotReadyError
+from bigdl.orca.context import current_engine
+from bigdl.orca.data.adapters import adapt
+from bigdl.orca.data.contract import DEFAULT_BATCH_SIZE, Request
+from bigdl.orca.learn import checkpoint
+from bigdl.orca.learn.callbacks import Callback, ModelCheckpoint
+from bigdl.orca.learn.fit import Fitted, Job, evaluate, fit
+from bigdl.orca.learn.predict import predict
+from bigdl.orca.learn.program import Cursor, Options
+from bigdl.orca.learn.progress import Progress
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+    from os import PathLike
+
+    from bigdl.orca.data.contract import Sharded
+    from bigdl.orca.engines.base import Engine
+    from bigdl.orca.learn.program import Program, State
+
+__all__ = ["BaseEstimator"]
+
+
+class BaseEstimator:
+    """A program, and how far its training is.
+
+    Args:
+        program: What is trained.
+        workers: How many train: a number, the fewest and the most, or None for one a node with
+            all its cores.
+    """
+
+    def __init__(self, program: Program, workers: int | tuple[int, int] | None = None) -> None:
+        self._program = program
+        self._workers = _checked_workers(workers)
+        self._state: State | None = None
+        self._cursor = Cursor()
+        self._is_shut = False
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}(epoch={self.epoch}, step={self.step})"
+
+    @property
+    def epoch(self) -> int:
+        """Whole epochs trained."""
+        return self._cursor.epoch
+
+    @property
+    def step(self) -> int:
+        """Updates made."""
+        return self._cursor.step
+
+    # --- fit ---
+
+    def fit(
+        self,
+        data: Any,
+        epochs: int = 1,
+        batch_size: int | None = None,
+        *,
+        feature_cols: str | Sequence[str] | None = None,
+        label_cols: str | Sequence[str] | None = None,
+        validation_data: Any = None,
+        callbacks: Sequence[Callback] | None = None,
+        shuffle: bool | None = None,
+        seed: int = 0,
+        max_steps: int | None = None,
+        validate_every: int = 1,
+        validate_every_steps: int | None = None,
+        clip_norm: float | None = None,
+        clip_value: float | None = None,
+        accumulation_steps: int = 1,
+        precision: Literal["fp32", "bf16"] = "fp32",
+        sync: Literal["allreduce", "sharded"] = "allreduce",
+        max_failures: int = 0,
+        hang_timeout_s: float | Literal["auto"] | None = "auto",
+        fill: Any = None,
+        transform: Callable[[Any], Any] | None = None,
+        target_transform: Callable[[Any], Any] | None = None,
+    ) -> list[dict[str, Any]]:
+        """Train for further epochs; the caller's model holds the trained weights afterwards.
+
+        Args:
+            data: ``(features, labels)`` as arrays, a table, Parquet files, a DataLoader, a
+                Dataset, or a function ``(config, batch_size)`` that makes a loader.
+            epochs: Further epochs; the rest of a broken one counts as one.
+            batch_size: Rows of a global batch, which the workers share; None = 32.
+            feature_cols: Columns of a table, in the order of the model's inputs.
+            label_cols: Columns of a table that are the labels.
+            validation_data: Of any kind; scored after epochs.
+            callbacks: Of ``bigdl.orca.learn.callbacks``, or the user's own.
+            shuffle: Another order of rows each epoch; None = True where data has no order of
+                its own making.
+            seed: Of the order, and of the workers' random streams.
+            max_steps: Updates after which this call ends.
+            validate_every: Epochs between validations.
+            validate_every_steps: Updates between further ones.
+            clip_norm: Largest norm of the global gradient.
+            clip_value: Largest absolute value in it.
+            accumulation_steps: Global batches in an update.
+            precision: "bf16" is autocast over float32 weights.
+            sync: Whether each worker has the whole optimizer's state, or its slice.
+            max_failures: How many times a lost worker starts training again from the last
+                checkpoint; needs a ``ModelCheckpoint``.
+            hang_timeout_s: Seconds without a step that mean a worker hangs.
+            fill: In place of nulls in tables.
+            transform: From the features of one batch to those that the model gets.
+            target_transform: The same for labels.
+
+        Returns:
+            A dict an epoch begun: ``epoch`` (from 1), ``loss``, ``rows``, ``steps``,
+            ``seconds``, metrics, ``val_…``.
+
+        Raises:
+            ConfigError: A value is not allowed; before any work.
+            DataError: The data cannot be used as asked.
+            WorkerLostError: More workers were lost than ``max_failures``.
+        """
+        engine = self._engine()
+        hung = callbacks or ()
+        _check_fit(
+            epochs, seed, validate_every, validate_every_steps, max_failures, hang_timeout_s, hung
+        )
+        request = Request(
+            call="fit",
+            feature_cols=feature_cols,
+            label_cols=label_cols,
+            fill=fill,
+            transform=transform,
+            target_transform=target_transform,
+            batch_size=batch_size,
+            shuffle=shuffle,
+            config=getattr(self._program, "config", None),
+        )
+        workers = self._number(engine)
+        job = Job(
+            program=self._program,
+            data=adapt(data, request),
+            validation=self._against(validation_data, request),
+            options=Options(
+                accumulation_steps=accumulation_steps,
+                clip_norm=clip_norm,
+                clip_value=clip_value,
+                precision=precision,
+                sync=sync,
+                max_steps=max_steps,
+            ),
+            epochs=epochs,
+            size=batch_size or DEFAULT_BATCH_SIZE,
+            seed=None if shuffle is False else seed,
+            streams_seed=seed,
+            start=self._cursor,
+            state=self._state,
+            validate_every=validate_every,
+            validate_every_steps=validate_every_steps,
+            callbacks=tuple(hung),
+        )
+        with Progress(epochs=epochs, first=self.epoch + 1, rows=job.data.rows) as progress:
+            fitted = fit(
+                engine,
+                job,
+                workers=workers,
+                max_failures=max_failures,
+                hang_timeout_s=hang_timeout_s,
+                on_event=progress.heard,
+            )
+        self._take(fitted, hung)
+        return fitted.rows
+
+    def _against(self, data: Any, request: Request) -> Sharded | None:
+        if data is None:
+            return None
+        return adapt(data, replace(request, call="evaluate", shuffle=None, batch_size=None))
+
+    def _take(self, fitted: Fitted, callbacks: Sequence[Callback]) -> None:
+        self._program.take(fitted.state)
+        self._state, self._cursor = fitted.state, fitted.cursor
+        for one, attributes in zip(callbacks, fitted.attributes, strict=True):
+            vars(one).update(attributes)
+
+    # --- evaluate and predict ---
+
+    def evaluate(
+        self,
+        data: Any,
+        batch_size: int | None = None,
+        *,
+        feature_cols: str | Sequence[str] | None = None,
+        label_cols: str | Sequence[str] | None = None,
+        precision: Literal["fp32", "bf16"] = "fp32",
+        fill: Any = None,
+        transform: Callable[[Any], Any] | None = None,
+        target_transform: Callable[[Any], Any] | None = None,
+    ) -> dict[str, Any]:
+        """Score every row once.
+
+        Returns:
+            ``loss`` (if there is one), ``rows``, and the metrics; those of all rows, not a mean
+            of the workers' values.
+
+        Raises:
+            DataError: The data cannot be used as asked.
+        """
+        engine = self._engine()
+        request = Request(
+            call="evaluate",
+            feature_cols=feature_cols,
+            label_cols=label_cols,
+            fill=fill,
+            transform=transform,
+            target_transform=target_transform,
+            batch_size=batch_size,
+            config=getattr(self._program, "config", None),
+        )
+        return evaluate(
+            engine,
+            self._program,
+            adapt(data, request),
+            workers=self._number(engine),
+            size=batch_size or DEFAULT_BATCH_SIZE,
+            options=Options(precision=precision),
+            state=self._state,
+        )
+
+    def predict(
+        self,
+        data: Any,
+        batch_size: int | None = None,
+        *,
+        feature_cols: str | Sequence[str] | None = None,
+        output_cols: str | Sequence[str] = "prediction",
+        precision: Literal["fp32", "bf16"] = "fp32",
+        fill: Any = None,
+        transform: Callable[[Any], Any] | None = None,
+    ) -> Any:
+        """Outputs for every row, in the caller's kind of data and order.
+
+        Returns:
+            NumPy arrays in the outputs' structure for arrays and loaders; for tables the
+            caller's rows and columns, then ``output_cols``.
+
+        Raises:
+            DataError: The data cannot be used as asked.
+        """
+        engine = self._engine()
+        request = Request(
+            call="predict",
+            feature_cols=feature_cols,
+            fill=fill,
+            transform=transform,
+            batch_size=batch_size,
+            config=getattr(self._program, "config", None),
+        )
+        return predict(
+            engine,
+            self._program,
+            adapt(data, request),
+            size=batch_size or DEFAULT_BATCH_SIZE,
+            names=output_cols,
+            options=Options(precision=precision),
+            state=self._state,
+        )
+
+    # --- checkpoints ---
+
+    def save_checkpoint(self, path: str | PathLike[str]) -> str:
+        """Write all that training needs to go on, to a folder on any fsspec path.
+
+        Raises:
+            NotReadyError: Nothing was trained yet.
+        """
+        self._open()
+        if self._state is None:
+            raise NotReadyError("There is nothing to checkpoint yet: call fit() first.")
+        saved = checkpoint.Checkpoint(state=self._state, cursor=self._cursor, seed=None)
+        return checkpoint.write(path, saved, self._program.codec)
+
+    def load_checkpoint(self, path: str | PathLike[str]) -> None:
+        """Take a checkpoint, or the latest of a folder of them, into the model at once.
+
+        Raises:
+            FileNotFoundError: There is none.
+            StoredModelError: It is damaged, or of another model; nothing has changed.
+        """
+        self._open()
+        codec = self._program.codec
+        try:
+            saved = checkpoint.read(path, codec)
+        except FileNotFoundError:
+            saved = checkpoint.read(checkpoint.latest(path, codec), codec)
+        self._program.take(saved.state)
+        self._state, self._cursor = saved.state, saved.cursor
+
+    def shutdown(self) -> None:
+        """Let go of what was trained here; later calls are errors. The caller's model stays."""
+        self._is_shut = True
+        self._state = None
+
+    # --- inside ---
+
+    def _open(self) -> None:
+        if self._is_shut:
+            raise NotReadyError("This estimator was shut down; make another.")
+
+    def _engine(self) -> Engine:
+        self._open()
+        return current_engine()
+
+    def _number(self, engine: Engine) -> int:
+        if self._workers is None:
+            return 1
+        if isinstance(self._workers, int):
+            return self._workers
+        least, most = self._workers
+        return max(least, min(most, engine.slots()))
+
+
+def _checked_workers(workers: Any) -> int | tuple[int, int] | None:
+    pair = workers if isinstance(workers, tuple) else (workers, workers)
+    if workers is None:
+        return None
+    if len(pair) != 2 or not all(isinstance(n, int) and not isinstance(n, bool) for n in pair):
+        raise ArgumentError(f"workers={shown(workers)}: need a number, (fewest, most) or None.")
+    if not 1 <= pair[0] <= pair[1]:
+        raise ConfigError(f"workers={workers!r}: need 1 or more, the fewest before the most.")
+    return workers  # type: ignore[no-any-return]
+
+
+def _check_fit(
+    epochs: Any,
+    seed: Any,
+    validate_every: Any,
+    validate_every_steps: Any,
+    max_failures: Any,
+    hang_timeout_s: Any,
+    callbacks: Sequence[Any],
+) -> None:
+    """Refuse what no data and no engine could make right; all faults in one text."""
+    strange = [one for one in callbacks if not isinstance(one, Callback)]
+    if strange:
+        raise ArgumentError(
+            f"callbacks holds {shown(strange[0])}; need objects of bigdl.orca.learn.callbacks."
+        )
+    least = {
+        "epochs": (epochs, 1),
+        "validate_every": (validate_every, 1),
+        "validate_every_steps": (validate_every_steps, 1),
+        "max_failures": (max_failures, 0),
+        "seed": (seed, 0),
+    }
+    wrong = [
+        f"{name}={value!r} (need a whole number >= {low})"
+        for name, (value, low) in least.items()
+        if not (name == "validate_every_steps" and value is None)
+        and (isinstance(value, bool) or not isinstance(value, int) or value < low)
+    ]
+    if hang_timeout_s not in ("auto", None) and not (
+        isinstance(hang_timeout_s, (int, float)) and hang_timeout_s > 0
+    ):
+        wrong.append(f'hang_timeout_s={hang_timeout_s!r} (need "auto", seconds > 0, or None)')
+    if wrong:
+        raise ConfigError("fit() cannot be called so: " + ", ".join(wrong) + ".")
+    if max_failures and not any(isinstance(one, ModelCheckpoint) for one in callbacks):
+        raise ConfigError(
+            f"fit(max_failures={max_failures}) needs a ModelCheckpoint among the callbacks, to "
+            "go on from when a worker was lost."
+        )
+
+
+def known_config(config: Mapping[str, Any] | None) -> dict[str, Any]:
+    """The user's config as a dict of our own.
+
+    Raises:
+        ArgumentError: It is no mapping.
+    """
+    if config is None:
+        return {}
+    if not hasattr(config, "items"):
+        raise ArgumentError(f"config has to be a dict, not {shown(config)}.")
+    return dict(config)
