@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from bigdl.errors import ConfigError, DataError
-from bigdl.orca.data.order import MOST_ROWS, Permutation, check_start, taken
+from bigdl.orca.data.order import MOST_ROWS, Order, Permutation, check_start
 
 
 def test_every_row_once_for_every_small_size():
@@ -127,6 +127,21 @@ def test_wrong_sizes_and_places():
 
 
 def test_without_a_seed_rows_are_as_they_are():
-    assert taken(10, seed=None, epoch=4, start=2, stop=5) == slice(2, 5)
-    shuffled = taken(10, seed=3, epoch=4, start=2, stop=5)
-    assert shuffled.tolist() == Permutation(10, 3, 4)[0:10][2:5].tolist()
+    assert Order(10, None, 4)[2:5] == slice(2, 5)
+    assert Order(10, 3, 4)[2:5].tolist() == Permutation(10, 3, 4)[0:10][2:5].tolist()
+
+
+def test_looking_ahead_changes_nothing():
+    rows = 30_000
+    whole = Permutation(rows, 1, 2)[0:rows]
+    order = Order(rows, 1, 2)
+    for start, stop in [
+        (0, 7),
+        (7, 9),
+        (8190, 8200),
+        (100, 20_000),
+        (5, 6),
+        (29_990, rows),
+        (3, 3),
+    ]:
+        np.testing.assert_array_equal(order[start:stop], whole[start:stop])

@@ -22,7 +22,7 @@ from bigdl.orca.data.contract import (
     checked_rows,
     part,
 )
-from bigdl.orca.data.order import check_start, taken
+from bigdl.orca.data.order import Order, check_start
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
@@ -118,15 +118,14 @@ class MemoryReader:
     ) -> Iterator[Batch]:
         source = self.source
         check_start(start, source.rows)
+        order = Order(source.rows, seed, epoch)
         for first in range(start, source.rows, size):
             total = min(size, source.rows - first)
             here, there = part(total, self.rank, self.world)
             if here == there:
                 yield Batch(None, 0, total)
                 continue
-            which = taken(
-                source.rows, seed=seed, epoch=epoch, start=first + here, stop=first + there
-            )
+            which = order[first + here : first + there]
             data = source.shaping(batch_of(source.data, which), there - here)
             yield Batch(data, there - here, total)
 

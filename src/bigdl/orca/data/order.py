@@ -16,7 +16,7 @@ from bigdl._base.errors import ConfigError, DataError
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-__all__ = ["MOST_ROWS", "Permutation", "check_start", "taken"]
+__all__ = ["MOST_ROWS", "Order", "Permutation", "check_start"]
 
 #: More rows than this are not ordered.
 MOST_ROWS = 1 << 62
@@ -27,6 +27,7 @@ _PAIRS = 3
 _PAIRS_OF_SMALL = 12
 _SMALL_BITS = 12
 _CHUNK = 1 << 14  # what the working arrays of one pass hold stays in the processor's cache
+_AHEAD = 1 << 13  # small calls cost as much as this many places do
 _Words: TypeAlias = "npt.NDArray[np.uint32] | npt.NDArray[np.uint64]"
 
 # Multipliers and shifts of two finalisers that mix well: of MurmurHash3 for 32 bits (Appleby),
@@ -148,24 +149,33 @@ def _finalised(number: int) -> int:
     return number ^ (number >> 31)
 
 
-def taken(
-    rows: int, *, seed: int | None, epoch: int, start: int, stop: int
-) -> slice | npt.NDArray[np.int64]:
-    """Which rows are met at places ``start`` up to ``stop`` of an epoch.
+class Order:
+    """In which order an epoch's rows are met. For one reader: it looks ahead.
 
     Args:
         rows: Rows in the epoch.
         seed: Of the order; None for rows as they are.
-        epoch: The same seed gives another order in another epoch.
-        start: First place.
-        stop: Place after the last.
-
-    Returns:
-        A slice where rows are taken as they are, else the rows' numbers.
+        key: Further whole numbers that choose the order: the epoch, ….
     """
-    if seed is None:
-        return slice(start, stop)
-    return Permutation(rows, seed, epoch)[start:stop]
+
+    def __init__(self, rows: int, seed: int | None, *key: int) -> None:
+        self._permutation = None if seed is None else Permutation(rows, seed, *key)
+        self._first = 0
+        self._ahead: npt.NDArray[np.int64] = np.empty(0, dtype=np.int64)
+
+    def __getitem__(self, span: slice) -> slice | npt.NDArray[np.int64]:
+        """Which rows are met at places ``start`` up to ``stop``.
+
+        Returns:
+            A slice where rows are taken as they are, else the rows' numbers.
+        """
+        if self._permutation is None:
+            return span
+        start, stop = span.start, span.stop
+        if start < self._first or stop > self._first + len(self._ahead):
+            self._first = start
+            self._ahead = self._permutation[start : max(stop, start + _AHEAD)]
+        return self._ahead[start - self._first : stop - self._first]
 
 
 def check_start(start: int, rows: int) -> None:

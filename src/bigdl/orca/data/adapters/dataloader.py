@@ -19,7 +19,7 @@ from bigdl._base.trees import Tree, rows, slice_rows
 from bigdl.orca.data.adapters.loader_order import CutOrder, Epochs, is_settled, is_stock, is_stream
 from bigdl.orca.data.contract import DEFAULT_BATCH_SIZE, Batch, OutputSchema, Run, part
 from bigdl.orca.data.memory import mapped_by_rank
-from bigdl.orca.data.order import check_start, taken
+from bigdl.orca.data.order import Order, check_start
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -195,14 +195,14 @@ class DatasetReader:
     ) -> Iterator[Batch]:
         dataset, count = self.source.dataset, self.source.rows
         check_start(start, count)
+        order = Order(count, seed, epoch)
         for first in range(start, count, size):
             total = min(size, count - first)
             here, there = part(total, self.rank, self.world)
             if here == there:
                 yield Batch(None, 0, total)
                 continue
-            places = {"start": first + here, "stop": first + there}
-            which = taken(count, seed=seed, epoch=epoch, **places)
+            which = order[first + here : first + there]
             numbers = range(count)[which] if isinstance(which, slice) else which.tolist()
             many = getattr(dataset, "__getitems__", None)
             samples = many(list(numbers)) if many else [dataset[i] for i in numbers]

@@ -23,7 +23,7 @@ from bigdl.orca.data.adapters.arrow_values import array_column, arrays_of
 from bigdl.orca.data.columns import Columns, Nulls
 from bigdl.orca.data.contract import DEFAULT_BATCH_SIZE, Batch, OutputSchema, Schema, part
 from bigdl.orca.data.memory import Shaping, batch_of, each_batch
-from bigdl.orca.data.order import Permutation, check_start
+from bigdl.orca.data.order import Order, Permutation, check_start
 from bigdl.orca.data.outputs import check_names, named_outputs
 
 if TYPE_CHECKING:
@@ -195,6 +195,7 @@ class _Windows:
         self, blocks: np.ndarray, window_bytes: int, seed: int | None, epoch: int
     ) -> None:
         self._seed, self._epoch = seed, epoch
+        self._entered: tuple[int, Order] | None = None
         if seed is not None:
             blocks = blocks[Permutation(len(blocks), seed, epoch)[:]]
         blocks = blocks[blocks[:, 2] > 0]
@@ -221,11 +222,10 @@ class _Windows:
         while start < stop:
             first, end = int(self._places[number]), int(self._places[number + 1])
             last = min(stop, end)
-            if self._seed is None:
-                yield number, slice(start - first, last - first)
-            else:
-                order = Permutation(end - first, self._seed, self._epoch, number)
-                yield number, order[start - first : last - first]
+            if self._entered is None or self._entered[0] != number:
+                order = Order(end - first, self._seed, self._epoch, number)
+                self._entered = number, order
+            yield number, self._entered[1][start - first : last - first]
             start, number = last, number + 1
 
 
