@@ -40,6 +40,25 @@ _TELL_S = 0.2
 _FIRST_S, _LEAST_S, _TIMES = 600.0, 60.0, 10.0
 
 
+@dataclass(frozen=True)
+class EpochPart:
+    """A part of an epoch: rows, updates, and the sum of losses over rows."""
+
+    rows: int = 0
+    steps: int = 0
+    loss: float = 0.0
+
+    def with_step(self, step: StepEnd) -> EpochPart:
+        return EpochPart(self.rows + step.rows, self.steps + 1, self.loss + step.loss * step.rows)
+
+    def before(self, row: dict[str, Any]) -> None:
+        """Put this part into the record of the rest."""
+        rows = self.rows + row["rows"]
+        if rows:
+            row["loss"] = (self.loss + row["loss"] * row["rows"]) / rows
+        row["rows"], row["steps"] = rows, self.steps + row["steps"]
+
+
 @dataclass(frozen=True, kw_only=True)
 class Job:
     """A fit, as it travels to the workers.
@@ -59,6 +78,7 @@ class Job:
         validate_every_steps: And after each so many updates.
         callbacks: The user's.
         run: Name of this run, for its checkpoints.
+        had: What the first epoch's record had when a lost worker broke it off.
     """
 
     program: Program
@@ -75,6 +95,7 @@ class Job:
     validate_every_steps: int | None = None
     callbacks: tuple[Callback, ...] = ()
     run: str = field(default_factory=checkpoint.new_run)
+    had: EpochPart | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,7 +138,7 @@ def fit(
         hang_timeout_s: Seconds without a step after which a worker is taken for hung; "auto" =
             10 times the longest, at least 60; 600 for the first; None = never.
         on_event: Called here with (rank, event) as the workers tell: ("step", epoch, step, rows
-            of the epoch, loss), ("epoch", record), ("checkpoint", path).
+            of the epoch, loss), ("epoch", record), ("checkpoint", path, part of the epoch).
 
     Raises:
         WorkerLostError: More workers were lost than ``max_failures``.
@@ -142,7 +163,8 @@ def fit(
             logger.warning("A worker was lost (%s); training goes on from %s.", exc, watch.place)
             job = watch.again(job)
             continue
-        fitted: Fitted = results[0]
+        fitted = results[0]
+        assert fitted is not None  # rank 0's
         return replace(fitted, rows=[*watch.earlier, *fitted.rows], failures=failures)
 
 
@@ -175,6 +197,7 @@ class _Watch:
     ) -> None:
         self._job, self._limit, self._on_event = job, hang_timeout_s, on_event
         self._path: str | None = None
+        self._had: EpochPart | None = None
         self._rows: list[dict[str, Any]] = []
         self._last: dict[int, float] = {}
         self._longest = 0.0
@@ -195,7 +218,7 @@ class _Watch:
         elif event[0] == "epoch":
             self._rows.append(event[1])
         elif event[0] == "checkpoint":
-            self._path = event[1]
+            _, self._path, self._had = event
         if self._on_event is not None:
             self._on_event(rank, event)
 
@@ -225,6 +248,7 @@ class _Watch:
             state=saved.state,
             start=saved.cursor,
             epochs=self._job.epochs - done,
+            had=self._had if saved.cursor.row else None,
             options=replace(job.options, max_steps=steps),
         )
 
@@ -257,7 +281,8 @@ def _evaluate(ctx: WorkerContext, job: Job) -> dict[str, Any]:
         _replica(ctx, job) as replica,
         contextlib.closing(job.data.open(ctx.rank, ctx.world)) as reader,
     ):
-        return replica.evaluate(reader.batches(job.size))
+        found: dict[str, Any] = replica.evaluate(reader.batches(job.size))
+        return found
 
 
 @contextlib.contextmanager
@@ -283,6 +308,8 @@ class _Hooks(Hooks):
         self._seen = TrainingState(world=ctx.world, step=job.start.step)
         self._told = 0.0
         self._validated: dict[str, float] = {}
+        self._part = EpochPart()
+        self._had = job.had
         self.cursor = job.start
 
     def begin(self, replica: Replica) -> None:
@@ -313,11 +340,13 @@ class _Hooks(Hooks):
 
     def on_epoch_start(self, replica: Replica, cursor: Cursor) -> None:
         self._validated = {}
+        self._part = self._had or EpochPart()
         self._seen.epoch, self._seen.row = cursor.epoch + 1, {}
         self._call("on_epoch_start")
 
     def on_step_end(self, replica: Replica, step: StepEnd) -> None:
         self.cursor = step.cursor
+        self._part = self._part.with_step(step)
         self._seen.step = step.cursor.step
         self._call("on_step_end")
         every = self._job.validate_every_steps
@@ -330,6 +359,9 @@ class _Hooks(Hooks):
     def on_epoch_end(self, replica: Replica, cursor: Cursor, row: dict[str, Any]) -> None:
         is_whole = cursor.epoch > self.cursor.epoch
         self.cursor = cursor
+        had, self._had = self._had, None
+        if had is not None:
+            had.before(row)
         if self._is_first:
             self._seen.row = row
             self._call("on_epoch_end")
@@ -384,4 +416,4 @@ class _Hooks(Hooks):
             one.paths = [*(old for old in one.paths if old != path), path]
             while one.keep_last is not None and len(one.paths) > one.keep_last:
                 checkpoint.remove(one.paths.pop(0))
-            self._ctx.emit(("checkpoint", path))
+            self._ctx.emit(("checkpoint", path, self._part))
