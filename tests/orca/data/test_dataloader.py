@@ -177,6 +177,44 @@ class TestLoaderOfTheirOwn(LoaderContract):
         return adapt(TheirOwn(Rows(rows), batch_size=4, shuffle=True), FIT)
 
 
+class Ready(Dataset):
+    """Item i is a batch of four rows."""
+
+    def __init__(self, rows):
+        self.rows = rows
+
+    def __len__(self):
+        return -(-self.rows // 4)
+
+    def __getitem__(self, i):
+        if i >= len(self):
+            raise IndexError(i)
+        rows = torch.arange(4 * i, min(4 * i + 4, self.rows))
+        return rows[:, None].float(), 2 * rows
+
+
+class ReadyStream(IterableDataset):
+    def __init__(self, rows):
+        self.rows = rows
+
+    def __iter__(self):
+        return iter(Ready(self.rows))
+
+
+class TestReadyBatches(LoaderContract):
+    starts_anywhere = False
+
+    def make(self, rows):
+        return adapt(DataLoader(Ready(rows), batch_size=None), FIT)
+
+
+class TestReadyStream(LoaderContract):
+    starts_anywhere = False
+
+    def make(self, rows):
+        return adapt(DataLoader(ReadyStream(rows), batch_size=None), FIT)
+
+
 class TestDataset(ShardedContract):
     """A dataset is like arrays."""
 

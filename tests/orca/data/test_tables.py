@@ -202,6 +202,30 @@ def test_the_schema_of_a_frame():
     assert schema.row_bytes == 16 + 8 + 4
 
 
+def test_the_schema_of_files(tmp_path):
+    fixed = pa.array([[1.0, 2.0]], pa.list_(pa.float64(), 2))
+    table = pa.table({"a": fixed, "b": [NOON], "c": [decimal.Decimal(1)], "d": [[1]], "s": ["x"]})
+    write(tmp_path / "t", table)
+    request = Request(feature_cols=["a", "b", "s"], label_cols=["c"], transform=lambda x: x[:2])
+    schema = adapt(tmp_path / "t", request).schema
+    assert schema.features == (
+        Column(name="a", dtype="float64", shape=(2,)),
+        Column(name="b", dtype="int64"),
+        Column(name="s", dtype="object"),
+    )
+    assert schema.labels == Column(name="c", dtype="float32")
+    assert adapt(tmp_path / "t", Request(feature_cols=["d"], call="predict")).schema is None
+    for name in "abcds":  # what is said is what is read
+        found = adapt(
+            tmp_path / "t",
+            Request(feature_cols=[name], call="predict", transform=lambda x: x),
+        )
+        (batch,) = found.open(0, 1).batches(1)
+        if found.schema is not None:
+            assert str(batch.data.dtype) == found.schema.features.dtype
+            assert batch.data.shape[1:] == found.schema.features.shape
+
+
 # --- predict ----------------------------------------------------------------------------------
 
 
@@ -265,7 +289,9 @@ def test_files_are_predicted_block_by_block(tmp_path):
         called.append(len(user))
         return user + 0.5
 
-    stream = predict(str(tmp_path / "t"), fn, columns=["user"])
+    sharded = adapt(str(tmp_path / "t"), Request(call="predict", feature_cols=["user"]))
+    object.__setattr__(sharded, "window_bytes", 0)
+    stream = sharded.map_batches(fn, size=4)
     next(stream)
     assert sum(called) <= 20  # two blocks at most: the rest is not read yet
     rest = stream.read_all()

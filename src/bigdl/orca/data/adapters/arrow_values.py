@@ -10,11 +10,12 @@ import pyarrow.compute as pc
 
 from bigdl._base.errors import DataError
 from bigdl.orca.data.columns import from_cells, narrowed
+from bigdl.orca.data.contract import Column
 
 if TYPE_CHECKING:
     from bigdl.orca.data.columns import Columns, Nulls
 
-__all__ = ["array_column", "arrays_of"]
+__all__ = ["array_column", "arrays_of", "described"]
 
 _TIMES = (pa.types.is_timestamp, pa.types.is_date)
 _SPANS = (pa.types.is_duration, pa.types.is_time)
@@ -124,6 +125,28 @@ def _lists(column: pa.Array, name: str) -> np.ndarray:
         if values.dtype.kind not in "biuf":
             raise DataError(f"Column {name!r} holds arrays of {flat.type}; need numbers.")
     return values.reshape(len(column), int(lengths[0]), *values.shape[1:])
+
+
+def described(name: str, kind: pa.DataType) -> Column | None:
+    """What ``arrays_of`` makes of a column; None if only its values tell."""
+    shape: tuple[int, ...] = ()
+    if isinstance(kind, pa.DictionaryType):
+        kind = kind.value_type
+    is_array = pa.types.is_fixed_size_list(kind)
+    while pa.types.is_fixed_size_list(kind):
+        shape += (kind.list_size,)
+        kind = kind.value_type
+    is_number = pa.types.is_integer(kind) or pa.types.is_floating(kind)
+    if is_array and is_number:
+        return Column(name=name, dtype=str(np.dtype(kind.to_pandas_dtype())), shape=shape)
+    if is_array or pa.types.is_nested(kind) or isinstance(kind, pa.BaseExtensionType):
+        return None
+    if pa.types.is_boolean(kind):
+        return Column(name=name, dtype="bool")
+    if pa.types.is_floating(kind) or pa.types.is_decimal(kind):
+        return Column(name=name, dtype="float32")
+    is_whole = pa.types.is_integer(kind) or any(is_time(kind) for is_time in (*_TIMES, *_SPANS))
+    return Column(name=name, dtype="int64" if is_whole else "object")
 
 
 def array_column(values: np.ndarray) -> pa.Array:

@@ -19,7 +19,7 @@ from pyarrow.fs import FSSpecHandler, PyFileSystem
 
 from bigdl._base.errors import DataError
 from bigdl._base.trees import concat
-from bigdl.orca.data.adapters.arrow_values import array_column, arrays_of
+from bigdl.orca.data.adapters.arrow_values import array_column, arrays_of, described
 from bigdl.orca.data.columns import Columns, Nulls
 from bigdl.orca.data.contract import DEFAULT_BATCH_SIZE, Batch, OutputSchema, Schema, part
 from bigdl.orca.data.memory import Shaping, batch_of, each_batch
@@ -48,6 +48,7 @@ class Files:
         blocks: Row groups in order: number of file, number in it, rows, bytes. Shape (n, 4).
         columns: Columns that are read.
         names: All columns.
+        schema: What batches are; None if lists tell their lengths only by their values.
         shaping: What is done to each batch.
         window_bytes: Bytes of the blocks that are shuffled together.
     """
@@ -57,17 +58,13 @@ class Files:
     blocks: np.ndarray
     columns: Columns
     names: tuple[str, ...]
+    schema: Schema | None
     shaping: Shaping
     window_bytes: int = WINDOW_BYTES
 
     @property
     def rows(self) -> int:
         return int(self.blocks[:, 2].sum())
-
-    @property
-    def schema(self) -> Schema | None:
-        """Known when a block has been read: lists have their lengths in their values."""
-        return None
 
     def open(self, rank: int, world: int) -> FilesReader:
         return FilesReader(self, rank, world)
@@ -100,13 +97,12 @@ class Files:
     ) -> pa.RecordBatchReader:
         """All columns of all rows, then the outputs, as a stream that is read block by block.
 
-        With a lazy ``run`` as the built-in ``map`` no more than a block is in memory.
+        With a lazy ``run`` as the built-in ``map`` only a few blocks are in memory.
         """
         schema = OutputSchema() if schema is None else schema
         check_names(schema, self.names)
         work = _BlockMapping(self, fn, schema, size)
-        blocks = [self.blocks[i : i + 1] for i in range(len(self.blocks)) if self.blocks[i, 2]]
-        tables = iter(run(work, blocks or [self.blocks[:0]]))
+        tables = iter(run(work, _runs(self.blocks, self.window_bytes // 8)))
         first = next(tables)
 
         def batches() -> Iterator[pa.RecordBatch]:
@@ -198,16 +194,7 @@ class _Windows:
         self._entered: tuple[int, Order] | None = None
         if seed is not None:
             blocks = blocks[Permutation(len(blocks), seed, epoch)[:]]
-        blocks = blocks[blocks[:, 2] > 0]
-        bounds, held = [0], 0
-        for i, size in enumerate(blocks[:, 3].tolist()):
-            if held and held + size > window_bytes:
-                bounds.append(i)
-                held = 0
-            held += size
-        self._blocks = [
-            blocks[i:j] for i, j in zip(bounds, [*bounds[1:], len(blocks)], strict=True)
-        ]
+        self._blocks = _runs(blocks, window_bytes)
         #: First place of each window, and the number of rows.
         self._places = np.cumsum([0, *(int(one[:, 2].sum()) for one in self._blocks)])
 
@@ -229,6 +216,18 @@ class _Windows:
             start, number = last, number + 1
 
 
+def _runs(blocks: np.ndarray, most_bytes: int) -> list[np.ndarray]:
+    """Neighbouring blocks together, at most so many bytes or one block; at least one run."""
+    blocks = blocks[blocks[:, 2] > 0]
+    bounds, held = [0], 0
+    for i, size in enumerate(blocks[:, 3].tolist()):
+        if held and held + size > most_bytes:
+            bounds.append(i)
+            held = 0
+        held += size
+    return [blocks[i:j] for i, j in zip(bounds, [*bounds[1:], len(blocks)], strict=True)]
+
+
 def adapt_files(data: Any, request: Request) -> Files:
     """A recipe of Parquet files: a path, a folder, a glob, or a list of those.
 
@@ -240,6 +239,9 @@ def adapt_files(data: Any, request: Request) -> Files:
     url, paths = _found(data)
     source = _dataset(url, paths)
     columns = Columns.asked(request, source.schema.names, "Parquet files")
+    known: dict[str, Any] = {
+        name: described(name, source.schema.field(name).type) for name in columns.names
+    }
     blocks = [
         (number, group.id, group.num_rows, group.total_byte_size)
         for number, fragment in enumerate(source.get_fragments())
@@ -253,6 +255,7 @@ def adapt_files(data: Any, request: Request) -> Files:
         blocks=np.array(blocks, dtype=np.int64).reshape(-1, 4),
         columns=columns,
         names=tuple(source.schema.names),
+        schema=None if None in known.values() else columns.schema(known),
         shaping=Shaping(
             has_labels=request.has_labels,
             transform=request.transform,
