@@ -189,6 +189,31 @@ def test_column_types_of_pandas(dtype):
     assert found.dtype == np.int64
 
 
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        (pd.Series([1.5, None], dtype="double[pyarrow]"), [1.5, 9.0]),
+        (pd.Series([1.5, None], dtype="Float64"), [1.5, 9.0]),
+        (pd.Series([1, None], dtype="category"), [1, 9]),
+        (pd.Series([1, None], dtype=object), [1, 9]),
+        (pd.Series([1.0, float("nan"), None], dtype=object), [1.0, float("nan"), 9.0]),
+        (pd.Series(pd.arrays.SparseArray([0.0, 1.0])), [0.0, 1.0]),
+        (pd.Series([np.array(1.0), np.array(2.0)]), [1.0, 2.0]),
+        (pd.Series([True, False], dtype="bool[pyarrow]"), [True, False]),
+    ],
+)
+def test_nulls_of_pandas_and_what_are_none(values, expected):
+    np.testing.assert_array_equal(whole(pd.DataFrame({"a": values}), fill=9), expected)
+
+
+@pytest.mark.parametrize("dtype", ["Int64", "string", "string[pyarrow]", "category", object])
+def test_nulls_of_pandas_are_counted(dtype):
+    values = ["x", None, None] if "string" in str(dtype) else [1, None, None]
+    frame = pd.DataFrame({"a": pd.Series(values, dtype=dtype)})
+    with pytest.raises(DataError, match="Nulls in 3 rows: column 'a' has 2"):
+        whole(frame, transform=lambda a: a)
+
+
 def test_names_are_literal():
     frame = pd.DataFrame({1: [1], "a.b": [2], "*": [3]})
     assert [x.tolist() for x in whole(frame, feature_cols=["*", 1, "a.b"])] == [[3], [1], [2]]

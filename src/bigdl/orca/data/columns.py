@@ -289,7 +289,7 @@ def stacked(cells: np.ndarray, column: Any) -> np.ndarray:
     Raises:
         DataError: Their shapes differ, or what they hold is not a number.
     """
-    arrays = [np.asarray(cell) if len(cell) else np.empty(0) for cell in cells]
+    arrays = [np.asarray(cell) for cell in cells]
     for row, array in enumerate(arrays):
         if array.dtype.kind not in "biuf":
             raise DataError(

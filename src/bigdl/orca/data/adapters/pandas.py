@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numbers
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -92,8 +93,6 @@ def adapt_frame(frame: pd.DataFrame, request: Request) -> Frame:
 
 def _array(series: pd.Series, name: Any, columns: Columns, nulls: Nulls) -> np.ndarray:
     """One column as an array; its nulls are filled, or counted."""
-    if isinstance(series.dtype, pd.CategoricalDtype):
-        series = series.astype(series.cat.categories.dtype if _is_full(series) else object)
     values, is_null = _values(series)
     if is_null is not None and is_null.any():
         if name not in columns.fill:
@@ -105,12 +104,14 @@ def _array(series: pd.Series, name: Any, columns: Columns, nulls: Nulls) -> np.n
     return narrowed(values, name)
 
 
-def _is_full(series: pd.Series) -> bool:
-    return not series.isna().any()
-
-
 def _values(series: pd.Series) -> tuple[np.ndarray, np.ndarray | None]:
     """The column's values in NumPy, and where it has nulls (None: it can have none)."""
+    if isinstance(series.dtype, pd.CategoricalDtype):
+        if series.hasnans:
+            return series.to_numpy(dtype=object), series.isna().to_numpy()
+        series = series.astype(series.cat.categories.dtype)
+    if isinstance(series.dtype, pd.SparseDtype):
+        series = series.sparse.to_dense()
     dtype = series.dtype
     if isinstance(dtype, np.dtype) and dtype.kind in "biuf":
         return series.to_numpy(), None  # NaN is a number
@@ -119,13 +120,22 @@ def _values(series: pd.Series) -> tuple[np.ndarray, np.ndarray | None]:
         return series.dt.tz_convert("UTC").dt.tz_localize(None).to_numpy(), is_null
     kind = getattr(dtype, "kind", "O")
     if isinstance(dtype, np.dtype):
-        return series.to_numpy(), is_null
+        return series.to_numpy(), _without_nan(series.to_numpy(), is_null)
     if kind in "biuf":  # nullable and Arrow's: zero stands where a null is
         kept = series.to_numpy(dtype=dtype.numpy_dtype, na_value=np.zeros(1, dtype.numpy_dtype)[0])
         return kept, is_null
     if kind in "mM":
         return series.to_numpy(dtype=f"{kind}8[us]", na_value=np.datetime64("NaT")), is_null
     return series.to_numpy(dtype=object), is_null
+
+
+def _without_nan(cells: np.ndarray, is_null: np.ndarray) -> np.ndarray:
+    """The nulls of a column of objects: among numbers, NaN is a number."""
+    if cells.dtype.kind != "O" or not is_null.any():
+        return is_null
+    if not all(isinstance(cell, numbers.Real) for cell in cells[~is_null]):
+        return is_null
+    return is_null & np.array([not isinstance(cell, float) for cell in cells])
 
 
 def _series(values: np.ndarray, index: pd.Index) -> pd.Series:
