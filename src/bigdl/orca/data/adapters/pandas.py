@@ -135,7 +135,9 @@ def _without_nan(cells: np.ndarray, is_null: np.ndarray) -> np.ndarray:
         return is_null
     if not all(isinstance(cell, numbers.Real) for cell in cells[~is_null]):
         return is_null
-    return is_null & np.array([not isinstance(cell, float) for cell in cells])
+    is_nan = np.array([isinstance(cell, float) for cell in cells])
+    others: np.ndarray = is_null & ~is_nan
+    return others
 
 
 def _series(values: np.ndarray, index: pd.Index) -> pd.Series:
