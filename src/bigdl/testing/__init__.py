@@ -2,4 +2,6 @@
 
 import pytest
 
-pytest.register_assert_rewrite("bigdl.testing.collective", "bigdl.testing.engine", "bigdl.testing.sharded")
+pytest.register_assert_rewrite(
+    "bigdl.testing.collective", "bigdl.testing.engine", "bigdl.testing.sharded"
+)
