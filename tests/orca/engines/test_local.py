@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import pickle
 import random
 import signal
 import subprocess
@@ -19,7 +20,7 @@ import numpy as np
 import pytest
 
 from bigdl._base import machine
-from bigdl.errors import ConfigError, WorkerError, WorkerLostError
+from bigdl.errors import ConfigError, ContextError, WorkerError, WorkerLostError
 from bigdl.orca.engines import ENGINES
 from bigdl.orca.engines.base import EngineSettings, GangSetup
 from bigdl.orca.engines.worker import emit
@@ -322,6 +323,20 @@ def test_files_go_with_what_they_hold(engine):
     assert count(0) == 0
     engine.gang(lambda ctx, x: ctx.emit(x) or x, 2, args_of=lambda _: (np.zeros(2_000_000),))
     engine.submit(lambda x: (emit(x), x)[1], np.zeros(2_000_000)).result()
+    engine.gather(engine.map(lambda _: emit(np.zeros(2_000_000)), engine.scatter([1])))
+
+    def fail(ctx):
+        for _ in range(5):
+            ctx.emit(np.zeros(400_000))
+        ctx.barrier()
+        if ctx.rank == 1:
+            raise ValueError("boom")
+        return np.zeros(400_000)
+
+    with pytest.raises(ValueError, match="boom"):
+        engine.gang(fail, 2)
+    with pytest.raises(TypeError, match="positional"):
+        engine.gang(fail, 2, on_event=lambda one: None)
     assert count(0) == 0
 
 
@@ -357,6 +372,42 @@ def test_killed_workers_are_noticed_and_leave_nothing(engine):
         assert time.monotonic() - killed_at[0] < 10
         assert not any(map(_alive, pids.values()))
         assert leftovers(marks.pop()) == []
+
+
+def test_a_kept_value_goes_with_the_engine(engine):
+    (ref,) = engine.scatter([1])
+    stored = pickle.loads(pickle.dumps(ref))
+    assert stored.get() == 1
+    engine.close()
+    for one in (ref, stored):
+        with pytest.raises(ContextError, match=r"kept value is gone.*init_orca_context"):
+            one.get()
+
+
+def test_closing_while_others_ask():
+    """Whoever asks at the moment of the end gets an answer, and never waits for ever."""
+    for _ in range(15):
+        engine = _open(3)
+        engine.submit(int).result()
+        answers = []
+
+        def ask(engine=engine, answers=answers):
+            while True:
+                try:
+                    engine.gather(engine.map(str, engine.scatter([1])))
+                    engine.submit(abs, -1).result()
+                except ContextError as exc:
+                    answers.append(exc)
+                    return
+
+        threads = [threading.Thread(target=ask) for _ in range(3)]
+        for thread in threads:
+            thread.start()
+        time.sleep(0.05)
+        engine.close()
+        for thread in threads:
+            thread.join(10)
+        assert len(answers) == 3
 
 
 # --- programs of their own --------------------------------------------------------------------

@@ -13,6 +13,7 @@ import queue
 import sys
 import threading
 import time
+import uuid
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar, cast
 
 from bigdl._base import machine
@@ -142,12 +143,14 @@ class LocalEngine:
             ref.wait()  # making them is no part of the gang's start
         kind = _kind(cores, env=setup.env, preload=setup.preload, once=True)
         mail: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        name = f"gang-{uuid.uuid4().hex}"
         with Rendezvous(workers, timeout_s=setup.start_timeout_s) as rendezvous:
             jobs = [
                 Job(
                     _maker(
                         function,
                         parcels[rank],
+                        own=name,
                         member=Member(
                             ticket=rendezvous.ticket,
                             rank=rank,
@@ -170,6 +173,7 @@ class LocalEngine:
             finally:
                 if any(job.process is not None or not job.ended.is_set() for job in jobs):
                     _cancel(service, jobs)
+                service.sweep(name)
         refs.clear()  # they had to live so long
         return cast("list[T]", values)
 
@@ -263,6 +267,7 @@ def _maker(
     *,
     source: str | None = None,
     keep: str | None = None,
+    own: str = "",
     member: Member | None = None,
 ) -> Callable[[tuple[int, ...] | None, str], Order]:
     """What makes the order, from the place where the caller is now."""
@@ -276,7 +281,7 @@ def _maker(
             member=member,
             keep=keep,
             cpus=cpus,
-            store=where,
+            store=os.path.join(where, own),
             search_path=path,
             folder=folder,
         )

@@ -188,10 +188,30 @@ class Process:
     def last_lines(self) -> str:
         return "\n".join(self._last)
 
-    def close(self) -> None:
+    def flush(self, selector: selectors.BaseSelector) -> None:
+        """Send what waits to be sent, as far as that goes without waiting."""
+        if self.line is None:
+            return
+        try:
+            sent = self.line.send(self.out) if self.out else 0
+        except BlockingIOError:
+            sent = 0
+        except OSError:
+            self.out.clear()
+            return  # its end is read in a moment
+        del self.out[:sent]
+        writes = selectors.EVENT_WRITE if self.out else 0
+        data = selector.get_key(self.line).data
+        selector.modify(self.line, selectors.EVENT_READ | writes, data)
+
+    def close(self, selector: selectors.BaseSelector) -> None:
+        """Close its lines."""
         for sock in (self.line, self.output):
             if sock is not None:
+                with contextlib.suppress(KeyError, ValueError):
+                    selector.unregister(sock)
                 sock.close()
+        self.line = self.output = None
 
 
 class _Stranger:

@@ -67,6 +67,8 @@ class LocalRef:
             kind, _, content = self.job.mail.get()
             if kind == "output":
                 show(self.job.where, cast("str", content))
+            elif kind == "event":  # nobody listens
+                store.discard(cast("bytes", content))
         value_of(self.job)
 
     def __reduce__(self) -> tuple[Any, ...]:

@@ -12,6 +12,7 @@ import os
 import pickle
 import secrets
 import selectors
+import shutil
 import socket
 import threading
 import time
@@ -64,13 +65,16 @@ class Service:
         self._door.welcome = self._welcome
         self._woken, self._wakes = socket.socketpair()
         self._wakes.setblocking(False)
-        self._selector.register(self._woken, selectors.EVENT_READ, lambda _: self._wake_up())
+        self._selector.register(
+            self._woken, selectors.EVENT_READ, lambda _: self._woken.recv(4096)
+        )
         self._calls: deque[Callable[[], None]] = deque()
         self._queue: deque[Sequence[Job]] = deque()
         self._crews = Crews(home)
         self._processes: dict[int, Process] = {}
         self._count = 0
         self._looked = 0.0
+        self._asking = threading.RLock()  # a ref may be collected, and drop its job, within
         self._closing = False
         self._broken = ""
         self._thread = threading.Thread(target=self._run, name="bigdl-engine", daemon=True)
@@ -119,11 +123,17 @@ class Service:
             raise self._over()
         return self._folder
 
+    def sweep(self, name: str) -> None:
+        """Remove what is in the part ``name`` of the folder."""
+        if self._folder:
+            shutil.rmtree(os.path.join(self._folder, name), ignore_errors=True)
+
     def free_slots(self) -> int:
         return self._free
 
     def close(self) -> None:
-        self._closing = True
+        with self._asking:
+            self._closing = True
         self._wake()
         self._thread.join()
 
@@ -131,9 +141,10 @@ class Service:
         return WorkerError(self._broken) if self._broken else closed()
 
     def _ask(self, call: Callable[[], None]) -> None:
-        if self._closing:
-            raise self._over()
-        self._calls.append(call)
+        with self._asking:
+            if self._closing:
+                raise self._over()
+            self._calls.append(call)
         self._wake()
 
     def _wake(self) -> None:
@@ -156,11 +167,9 @@ class Service:
             logger.debug("The local engine has failed.", exc_info=True)
             self._broken = str(exc)
         finally:
-            self._closing = True
+            with self._asking:
+                self._closing = True
             self._end_all()
-
-    def _wake_up(self) -> None:
-        self._woken.recv(4096)
 
     def _look_after(self) -> None:
         """Notice processes that ended without hanging up, or do not end."""
@@ -180,17 +189,17 @@ class Service:
                 process.lost_since = now
 
     def _end_all(self) -> None:
+        while self._calls:  # what was asked before the end
+            with contextlib.suppress(BigDLError, OSError):
+                self._calls.popleft()()
         for process in list(self._processes.values()):
-            self._close_lines(process)
+            process.close(self._selector)
         self._crews.close()
         jobs = [process.job for process in self._processes.values() if process.job is not None]
         for job in [*jobs, *(job for batch in self._queue for job in batch)]:
             job.process = None
             if not job.ended.is_set():
                 self._finish(job, self._over())
-        while self._calls:  # whoever waits for a cancellation
-            with contextlib.suppress(BigDLError):
-                self._calls.popleft()()
         self._processes.clear()
         self._queue.clear()
         self._settled.set()
@@ -297,7 +306,7 @@ class Service:
 
     def _read_line(self, process: Process, events: int) -> None:
         if events & selectors.EVENT_WRITE:
-            self._flush(process)
+            process.flush(self._selector)
         if not events & selectors.EVENT_READ or process.line is None:
             return
         try:
@@ -347,22 +356,7 @@ class Service:
 
     def _say(self, process: Process, kind: int, payload: bytes = b"") -> None:
         process.out += wire.frame(kind, payload)
-        self._flush(process)
-
-    def _flush(self, process: Process) -> None:
-        if process.line is None:
-            return
-        try:
-            sent = process.line.send(process.out) if process.out else 0
-        except BlockingIOError:
-            sent = 0
-        except OSError:
-            process.out.clear()
-            return  # its end is read in a moment
-        del process.out[:sent]
-        writes = selectors.EVENT_WRITE if process.out else 0
-        data = self._selector.get_key(process.line).data
-        self._selector.modify(process.line, selectors.EVENT_READ | writes, data)
+        process.flush(self._selector)
 
     def _release(self, process: Process) -> None:
         """Its slots and cores are free again."""
@@ -383,7 +377,7 @@ class Service:
         text = process.flush_output()
         if job is not None:
             self._show(job, text)
-        self._close_lines(process)
+        process.close(self._selector)
         self._release(process)
         if job is not None and not job.ended.is_set():
             lost = Lost(
@@ -392,11 +386,3 @@ class Service:
             self._finish(job, job.cancelled() if kill else lost)
         if process.crew.kind == self._home and not self._folder:
             raise WorkerError(f"No worker process could be started on this machine: {how}")
-
-    def _close_lines(self, process: Process) -> None:
-        for sock in (process.line, process.output):
-            if sock is not None:
-                with contextlib.suppress(KeyError, ValueError):
-                    self._selector.unregister(sock)
-        process.close()
-        process.line = process.output = None

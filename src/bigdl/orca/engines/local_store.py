@@ -13,7 +13,20 @@ import uuid
 import weakref
 from typing import Any
 
-__all__ = ["Parcel", "StoredRef", "load", "new_path", "pack", "remove", "save", "unpack"]
+from bigdl._base.errors import ContextError
+from bigdl.orca.engines.base import closed
+
+__all__ = [
+    "Parcel",
+    "StoredRef",
+    "discard",
+    "load",
+    "new_path",
+    "pack",
+    "remove",
+    "save",
+    "unpack",
+]
 
 #: Longer messages go through a file.
 _INLINE_BYTES = 1 << 20
@@ -29,15 +42,29 @@ def save(data: bytes, path: str) -> None:
     try:
         with open(path, "xb") as file:
             file.write(data)
+    except FileNotFoundError as exc:
+        raise closed() from exc
     except BaseException:  # no space left, say
         remove(path)
         raise
 
 
 def load(path: str) -> Any:
-    """A new copy of the value in a file that ``save`` has written."""
-    with open(path, "rb") as file:
-        return pickle.load(file)
+    """A new copy of the value in a file that ``save`` has written.
+
+    Raises:
+        ContextError: The file is gone, with its last ref or with the engine.
+    """
+    try:
+        with open(path, "rb") as file:
+            return pickle.load(file)
+    except FileNotFoundError as exc:
+        if os.path.exists(path):
+            raise  # a user's own, from within the pickle
+        raise ContextError(
+            "A kept value is gone: the context that kept it was stopped, or the last ref to it "
+            "was dropped. Keep the ref, and start a context by init_orca_context()."
+        ) from exc
 
 
 def pack(data: bytes, folder: str) -> bytes:
@@ -59,6 +86,12 @@ def unpack(message: bytes, *, keep: bool = False) -> bytes:
     if not keep:
         remove(path)
     return data
+
+
+def discard(message: bytes) -> None:
+    """Remove the file of a message that nobody will unpack."""
+    if message[:1] == b"f":
+        remove(os.fsdecode(message[1:]))
 
 
 def remove(path: str) -> None:

@@ -71,7 +71,7 @@ class Order:
         member: Its place in a gang.
         keep: The path to leave the value at, instead of sending it; None = send it.
         cpus: The cores to run on; None leaves them.
-        store: The engine's folder.
+        store: Where its long messages lie: the engine's folder, or a part of it.
         search_path: The caller's ``sys.path``.
         folder: The caller's working folder.
     """
@@ -114,6 +114,8 @@ def host(port: int, key: bytes, number: int) -> None:
 def _obey(line: _Line, order: Order) -> None:
     try:
         _settle(order)
+        with contextlib.suppress(FileExistsError):
+            os.mkdir(order.store, 0o700)
         with sending(lambda event: line.send(EVENT, store.pack(event, order.store))):
             value = _call(order)
         kind, answer = VALUE, b""
