@@ -50,6 +50,23 @@ MISUSE = {
         ArgumentError,
         "model is a Tensor",
     ),
+    "a path that is a number": (
+        lambda: InferenceOptimizer.load(3),
+        ArgumentError,
+        "path takes a folder",
+    ),
+    "save to a number": (
+        lambda: InferenceOptimizer.save(Counting(), 5),
+        ArgumentError,
+        "path takes a folder",
+    ),
+    "quantize TorchScript": (
+        lambda: InferenceOptimizer.quantize(
+            torch.jit.script(nn.Linear(3, 2)), accelerator="openvino", calib_data=X
+        ),
+        ConfigError,
+        "is TorchScript, which cannot be exported",
+    ),
     "load nothing": (
         lambda: InferenceOptimizer.load("/no/such/folder"),
         FileNotFoundError,
@@ -149,7 +166,7 @@ MISUSE = {
     "approach": (
         lambda: quantize(calib_data=X, approach="dynamic"),
         ArgumentError,
-        "quantization='dynamic'",
+        "'quantization': 'dynamic'",
     ),
     "tuning": (
         lambda: quantize(calib_data=X, tuning_strategy="bayesian"),
@@ -172,6 +189,7 @@ MISUSE = {
 }
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit.script`")
 @pytest.mark.parametrize("case", MISUSE)
 def test_misuse(case, monkeypatch):
     call, error, text = MISUSE[case]

@@ -17,6 +17,7 @@ from bigdl._base import machine
 from bigdl.errors import ArgumentError, ConfigError
 from bigdl.nano.pytorch import Guard, Plan, Trainer
 from bigdl.nano.pytorch.lightning.session import Session
+from bigdl.nano.pytorch.plan import cache as plan_cache
 from bigdl.nano.pytorch.plan.candidates import NAMES
 from bigdl.nano.pytorch.plan.rehearsal import Stage
 from bigdl.nano.pytorch.plan.timing import Timing
@@ -463,6 +464,28 @@ def test_the_tripwire_leaves_the_update_out_and_goes_back(kind):
     assert "your own setting is back" in trainer.plan.row("fused_optimizer").reason
     assert all(torch.isfinite(p).all() for p in model.parameters())
     assert trainer.global_step == 24
+
+
+def test_a_run_that_diverged_leaves_the_kept_plan_alone(cache_folder, monkeypatch):
+    """The next run may have a better rate; it must not find acceleration switched off."""
+    stored = []
+    monkeypatch.setattr(plan_cache, "store", lambda key, kept: stored.append(kept.plan.chosen))
+    model = Trap()
+    model.kind = "loss"
+    monkeypatch.setattr(Session, "_has_plan", _puts_in_force(Plan.of("channels_last")))
+    with pytest.warns(RuntimeWarning, match="the loss was not finite"):
+        trainer, _ = fit(model=model)
+    assert trainer.plan.chosen == ()
+    assert stored == []
+
+
+def _puts_in_force(plan):
+    def has_plan(session, batch):
+        session.key = "a key"
+        session._decide(plan, plan.candidates(), must=True)
+        return True
+
+    return has_plan
 
 
 def test_the_tripwire_in_manual_optimization():

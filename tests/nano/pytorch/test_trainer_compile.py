@@ -165,7 +165,7 @@ def adam(model):
     [
         (lambda m: Trainer.compile("resnet"), ArgumentError, "torch.nn.Module, not str"),
         (lambda m: Trainer.compile(m, "mse"), ArgumentError, "function .* not str"),
-        (lambda m: Trainer.compile(m, optimizer="adam"), ArgumentError, "not str"),
+        (lambda m: Trainer.compile(m, optimizer="adam"), ArgumentError, "not 'adam'"),
         (lambda m: Trainer.compile(m, scheduler=3), ArgumentError, "not int"),
         (lambda m: Trainer.compile(m, optimizer=adam(network())), ConfigError, "none of the"),
         (
@@ -208,3 +208,18 @@ def test_what_is_missing_is_said_when_it_is_needed():
         Trainer(**QUIET, max_epochs=1).fit(
             Trainer.compile(model, nn.CrossEntropyLoss(), adam(model)), inputs
         )
+
+
+def test_a_class_in_place_of_a_loss():
+    with pytest.raises(ArgumentError, match=r"give CrossEntropyLoss\(\)"):
+        Trainer.compile(nn.Linear(2, 2), loss=nn.CrossEntropyLoss)
+
+
+def test_a_typo_is_answered():
+    with pytest.raises(ArgumentError, match="Did you mean 'optimizer'"):
+        Trainer.compile(nn.Linear(2, 2), optimiser=None)
+
+
+def test_a_plain_module_is_pointed_to_compile():
+    with pytest.raises(ArgumentError, match=r"Trainer.compile\(model, loss"):
+        Trainer(logger=False, enable_checkpointing=False).fit(nn.Linear(2, 2), [])

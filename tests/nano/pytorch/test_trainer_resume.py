@@ -455,6 +455,21 @@ def test_a_plan_travels_in_checkpoints(tmp_path, monkeypatch):
     trainer, model, loader = make(shuffled(), seed=99)
     trainer.fit(model, loader, ckpt_path=path)
     assert trainer.plan.chosen == chosen
+    assert "measured in an earlier run" in trainer.plan.row("original").reason
+
+
+def test_a_plan_of_another_version_is_no_reason_not_to_resume(tmp_path, caplog):
+    path = tmp_path / "c.ckpt"
+    trainer, model, loader = make(shuffled(), callbacks=[Save(path, "on_train_batch_end", 8)])
+    trainer.fit(model, loader)
+    stored = torch.load(path, weights_only=True)
+    stored["bigdl"]["plan"] = {"key": "k", "json": '{"rows": [{"name": "warp_drive"}]}'}
+    torch.save(stored, path)
+    trainer, model, loader = make(shuffled(), seed=99)
+    with caplog.at_level("INFO", "bigdl"):
+        trainer.fit(model, loader, ckpt_path=path, weights_only=True)
+    assert "plan cannot be read" in caplog.text
+    assert trainer.global_step == 18
 
 
 def test_a_checkpoint_of_another_kind_of_loader_is_an_error(tmp_path):

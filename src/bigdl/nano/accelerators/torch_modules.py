@@ -40,7 +40,10 @@ def freeze(model: nn.Module) -> nn.Module:
     with contextlib.suppress(NotImplementedError):  # a graph of torch.export has no modes
         model.eval()
     for parameter in model.parameters():
-        parameter.requires_grad_(False)
+        if parameter.is_leaf:
+            parameter.requires_grad_(False)
+        else:  # in a copy of TorchScript they hang on the copying
+            parameter.detach_()
     return model
 
 

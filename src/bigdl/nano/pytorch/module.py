@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from bigdl._base.calls import shown
 from bigdl._base.errors import ArgumentError, ConfigError, DataError, NotReadyError
 from bigdl.nano.pytorch.lightning.host import pl
 
@@ -41,6 +42,10 @@ def compiled(
                 "own steps and optimizers. Give a plain module, or the LightningModule alone."
             )
         return model
+    if isinstance(loss, type):
+        raise ArgumentError(
+            f"Trainer.compile(loss=…) got the class {loss.__name__}; give {loss.__name__}()."
+        )
     if loss is not None and not callable(loss):
         raise ArgumentError(
             f"Trainer.compile(loss=…) takes a function (output, target), not "
@@ -54,7 +59,7 @@ def _check_optimizer(model: nn.Module, optimizer: Any, scheduler: Any) -> None:
     if optimizer is not None and not isinstance(optimizer, torch.optim.Optimizer):
         raise ArgumentError(
             "Trainer.compile(optimizer=…) takes a torch.optim.Optimizer of the model's "
-            f"parameters, not {type(optimizer).__name__}."
+            f"parameters, not {shown(optimizer)}."
         )
     if scheduler is not None and not isinstance(scheduler, (_Scheduler, _Plateau)):
         raise ArgumentError(

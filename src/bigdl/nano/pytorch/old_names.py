@@ -27,9 +27,10 @@ _CPU = Gone("accelerated models run on the CPU; move a plain model with model.to
 _LAYOUT = Gone(
     "choose it as a method: optimize(…, includes=['channels_last']).", harmless=(None, False)
 )
-_CONFIG = "options of a runtime are an object of its config class: config="
-_SESSION = Gone(f"{_CONFIG}OnnxRuntimeConfig(…).")
-_OPENVINO = Gone(f"{_CONFIG}OpenVinoConfig(…).")
+_CONFIG = "options of a runtime are given as config="
+_HOME = "bigdl.nano.accelerators"
+_SESSION = Gone(f"{_CONFIG}{{name: value}}, as {_HOME}.onnxruntime.OnnxRuntimeConfig has them.")
+_OPENVINO = Gone(f"{_CONFIG}{{name: value}}, as {_HOME}.openvino.OpenVinoConfig has them.")
 _JIT = Gone("TorchScript is not used any more: trace(model, sample, accelerator='compile').",
             harmless=(None, True))  # fmt: skip
 _INPLACE = Gone(
@@ -70,12 +71,12 @@ QUANTIZE: Table = {
     "eval_func": Gone("give it as metric=fn(model, loader), with validation_data=."),
     "approach": Gone(
         "static is the default; dynamic is accelerator='onnxruntime', "
-        "config=OnnxRuntimeConfig(quantization='dynamic').",
+        "config={'quantization': 'dynamic'}.",
         harmless=(None, "static"),
     ),
     "method": Gone(
         "'qlinear' is the default of accelerator='onnxruntime'; 'integer' is "
-        "config=OnnxRuntimeConfig(quantization='dynamic').",
+        "config={'quantization': 'dynamic'}.",
         harmless=(None, "fx", "qlinear"),
     ),
     "backend": Gone("it is accelerator= now.", harmless=(None, "inc")),
@@ -83,8 +84,8 @@ QUANTIZE: Table = {
     "tuning_strategy": _TUNING,
     "timeout": _TUNING,
     "max_trials": _TUNING,
-    "q_config": Gone(f"{_CONFIG}…Config(…)."),
-    "sample_size": Gone(f"{_CONFIG}OpenVinoConfig(subset_size=…)."),
+    "q_config": Gone(f"{_CONFIG}{{name: value}}."),
+    "sample_size": Gone(f"{_CONFIG}{{'subset_size': …}} (OpenVINO)."),
     "dynamic_axes": Gone(
         "the first axis varies where the model can do it; trace() takes dynamic_axes.",
         harmless=(None, True),

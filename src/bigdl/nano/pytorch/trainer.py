@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import logging
 import warnings
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -20,12 +21,14 @@ from bigdl.nano.pytorch.lightning.resume import install
 from bigdl.nano.pytorch.lightning.session import Session
 from bigdl.nano.pytorch.module import CompiledModule, compiled
 from bigdl.nano.pytorch.plan.plan import Plan
-from bigdl.nano.pytorch.trainer_names import LATER, TRAINER
+from bigdl.nano.pytorch.trainer_names import COMPILE, LATER, TRAINER
 
 if TYPE_CHECKING:
     import torch
 
 __all__ = ["Trainer"]
+
+_log = logging.getLogger(__name__)
 
 _StockTrainer: Any = pl.Trainer
 _defaults_from_env_vars = part("utilities.argparse:_defaults_from_env_vars")
@@ -117,12 +120,21 @@ class Trainer(_StockTrainer):  # type: ignore[misc]
         return None if plan is None or key is None else {"key": key, "json": plan.to_json()}
 
     def _keep_plan(self, words: dict[str, str] | None) -> None:
-        """Take a plan out of a checkpoint, for the run that begins."""
-        self._kept_plan = None if words is None else (words["key"], Plan.from_json(words["json"]))
+        """Take a plan out of a checkpoint, for the run that begins; one of another version's
+        form is no reason not to resume.
+        """
+        self._kept_plan = None
+        if words is None or self._acceleration != "auto":
+            return
+        try:
+            self._kept_plan = words["key"], Plan.from_json(words["json"])
+        except (ArgumentError, ConfigError, KeyError, TypeError) as exc:
+            _log.info("the checkpoint's plan cannot be read and is made anew: %s", exc)
 
     # --- to the inference side ---
 
     @staticmethod
+    @answers(COMPILE)
     def compile(
         model: torch.nn.Module,
         loss: Any = None,

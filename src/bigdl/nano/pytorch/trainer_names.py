@@ -11,7 +11,7 @@ from bigdl._base.calls import Gone, Renamed
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-__all__ = ["LATER", "TRAINER"]
+__all__ = ["COMPILE", "LATER", "TRAINER"]
 
 _TRIED = Gone(
     "acceleration='auto' tries it by itself and keeps what is faster; Plan.of(…) pins a choice.",
@@ -21,6 +21,11 @@ _SEARCH = Gone("this version has no search for hyperparameters.", harmless=(None
 
 #: Arguments of training in several processes, which this version does not do.
 LATER = ("num_processes", "distributed_backend", "cpu_for_each_process", "auto_lr", "sync")
+
+COMPILE: Mapping[str, Renamed | Gone] = {
+    "onnx": Gone("trace or quantize the trained model.", harmless=(None, False)),
+    "input_sample": Gone("give it to trace or quantize.", harmless=(None,)),
+}
 
 TRAINER: Mapping[str, Renamed | Gone] = {
     "use_ipex": Gone("IPEX has ended; acceleration='auto' tries bf16 and channels_last.",
@@ -48,7 +53,7 @@ TRAINER: Mapping[str, Renamed | Gone] = {
     "terminate_on_nan": Renamed("detect_anomaly"),
     "track_grad_norm": Gone("log it in on_before_optimizer_step.", harmless=(None, -1)),
     "truncated_bptt_steps": Gone("use manual optimization."),
-    "weights_save_path": Renamed("default_root_dir"),
+    "weights_save_path": Gone("pass callbacks=[ModelCheckpoint(dirpath=…)].", harmless=(None,)),
     "weights_summary": Gone("use enable_model_summary=, or callbacks=[ModelSummary(…)]."),
     "multiple_trainloader_mode": Gone("pass fit a CombinedLoader(loaders, mode)."),
     "amp_backend": Gone("use precision=.", harmless=(None, "native")),

@@ -280,7 +280,6 @@ class AcceleratedModule(nn.Module):
             self._no_weights("state_dict")
         destination: dict[str, Any] = args[0] if args else kwargs["destination"]
         return destination
-        return None
 
     def load_state_dict(self, *args: Any, **kwargs: Any) -> NoReturn:
         """Refused: its weights are part of the compiled form.

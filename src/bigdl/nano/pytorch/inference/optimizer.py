@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -163,6 +164,12 @@ class InferenceOptimizer:
         """
         from bigdl.nano.pytorch.inference import storage
 
+        if isinstance(model, torch.export.ExportedProgram):
+            raise ArgumentError(
+                "model is an ExportedProgram, which stores itself: torch.export.save(model, "
+                "path). save() takes what trace, quantize or get_model gave, or a module."
+            )
+        _check_path(path, "write")
         storage.save(model, path)
 
     @staticmethod
@@ -181,6 +188,7 @@ class InferenceOptimizer:
         """
         from bigdl.nano.pytorch.inference import storage
 
+        _check_path(path, "read")
         if model is not None:
             _check_model(model)
         return storage.load(path, model)
@@ -270,7 +278,9 @@ class InferenceOptimizer:
             randomness=Randomness.now(),
         )
         found = Found(objective=objective, threads=task.threads)
-        self._model, self._found, self.last_report = model, found, None
+        # an exported program cannot be called itself
+        own = model.module() if isinstance(model, torch.export.ExportedProgram) else model
+        self._model, self._found, self.last_report = own, found, None
         try:
             search(found, task, names, budget_s=budget_s, method_timeout_s=method_timeout_s)
         finally:
@@ -373,6 +383,11 @@ def _check_model(model: Any, *, accelerated: bool = False) -> None:
         raise ArgumentError(f"model is a {type(model).__name__}; need a torch.nn.Module.")
     if in_onnx_mode(model) and not accelerated:
         raise ConfigError("This model is in ONNX mode: call model.exit_onnx() first.")
+
+
+def _check_path(path: Any, method: str) -> None:
+    if not isinstance(path, (str, os.PathLike)) and not hasattr(path, method):
+        raise ArgumentError(f"path takes a folder or an open file, not {shown(path)}.")
 
 
 def _check_precision(precision: Any) -> None:

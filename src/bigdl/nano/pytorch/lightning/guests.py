@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from bigdl._base.errors import ArgumentError
 from bigdl.nano.pytorch.lightning.host import pl
 
 if TYPE_CHECKING:
@@ -82,11 +83,26 @@ def _counterpart(guest: type) -> type | None:
     return found if isinstance(found, type) else None
 
 
+def _refuse_plain(model: Any, call: str) -> None:
+    """A plain module has no steps, and there is a way to give it some.
+
+    Raises:
+        ArgumentError: ``model`` is one.
+    """
+    has_steps = any(hasattr(model, name) for name in ("training_step", "_orig_mod"))
+    if isinstance(model, torch.nn.Module) and not has_steps:
+        raise ArgumentError(
+            f"Trainer.{call}(model) takes a LightningModule, not a plain {type(model).__name__}. "
+            "Trainer.compile(model, loss=…, optimizer=…) makes one of it."
+        )
+
+
 def receiving(method: Callable[..., Any]) -> Callable[..., Any]:
     """A method of the trainer during which guests are at home."""
 
     @functools.wraps(method)
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        _refuse_plain(args[0] if args else kwargs.get("model"), method.__name__)
         with at_home([*args, *kwargs.values(), *self.callbacks]):
             return method(self, *args, **kwargs)
 

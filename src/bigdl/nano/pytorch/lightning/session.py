@@ -12,6 +12,7 @@ import math
 import statistics
 import time
 import warnings
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from bigdl._base.errors import ConfigError
@@ -50,6 +51,15 @@ def unplanned(reason: str) -> Plan:
     """A plan that keeps the user's setting, with one reason for every candidate."""
     rows = [Row(name=name, status="skipped", reason=reason) for name in NAMES]
     return Plan((Row(name="original", status="chosen"), *rows))
+
+
+def _remembered(plan: Plan) -> Plan:
+    """A plan of an earlier run, which says so."""
+    own, words = plan.row("original"), "measured in an earlier run"
+    if words in own.reason:
+        return plan
+    reason = f"{own.reason}; {words}" if own.reason else words
+    return plan.with_row(replace(own, reason=reason))
 
 
 class Session:
@@ -237,7 +247,7 @@ class Session:
     def _serves_again(self, known: Plan, batch: Any) -> bool:
         """Check a known plan against the guard once more; nothing is timed."""
         if not known.chosen:
-            self._decide(known)
+            self._decide(_remembered(known))
             return True
         try:
             candidates = known.candidates()
@@ -256,7 +266,7 @@ class Session:
         if reason is not None:
             _log.info("a known plan no longer serves: %s", reason)
             return False
-        self._decide(known, candidates)
+        self._decide(_remembered(known), candidates)
         return True
 
     # --- choosing ---
@@ -530,8 +540,7 @@ class Session:
         )
         self._undo()
         self.plan = self.plan.without(dict.fromkeys(chosen, reason))
-        if self.key is not None:
-            plan_cache.store(self.key, plan_cache.Kept(plan=self.plan))
+        # Not kept for later runs: your own setting may have given the same there.
         warnings.warn(
             f"Under the training plan ({', '.join(chosen)}) {reason}.",
             RuntimeWarning,

@@ -244,8 +244,10 @@ class Plan:
     ) -> InForce:
         """Put what is chosen in force on any module and optimizer; nothing is measured.
 
-        Usable with ``with``; each step runs its forward and loss under ``step()`` on
-        ``batch(…)``.
+        Usable with ``with``. Each step of yours runs within ``whole()``, its forward and loss
+        within ``step()`` on ``batch(…)``; after the first one call ``settle()``, which lets go
+        of what turned out not to work. The watch over losses that are not finite is the
+        Trainer's: here it is yours.
 
         Args:
             model: The module, changed in place until ``undo``.
