@@ -333,7 +333,7 @@ def _checked_workers(workers: Any) -> int | tuple[int, int] | None:
         raise ArgumentError(f"workers={shown(workers)}: need a number, (fewest, most) or None.")
     if not 1 <= pair[0] <= pair[1]:
         raise ConfigError(f"workers={workers!r}: need 1 or more, the fewest before the most.")
-    return workers  # type: ignore[no-any-return]
+    return workers
 
 
 def _check_fit(
