@@ -30,9 +30,9 @@ __all__ = ["Allocator", "Processes", "Threads"]
 
 # glibc's parameters of mallopt(3)
 _TRIM_THRESHOLD, _TOP_PAD, _MMAP_THRESHOLD, _MMAP_MAX = -1, -2, -3, -4
-_HUGE = 2**31 - 1
+_NEVER = -1  # the C library takes it as its largest size
 # In force: no block gets pages of its own, and freed pages are kept for the next step.
-_KEEP_PAGES = {_MMAP_MAX: 0, _TRIM_THRESHOLD: _HUGE, _TOP_PAD: 64 << 20}
+_KEEP_PAGES = {_MMAP_MAX: 0, _TRIM_THRESHOLD: _NEVER, _TOP_PAD: 64 << 20}
 # Undone: the state that glibc's own rule reaches once a block of its largest size was freed.
 # (Its start, a threshold that moves, cannot be had back once it was set.)
 _AS_EVER = {
