@@ -8,7 +8,7 @@ import traceback
 import numpy as np
 
 from bigdl.orca.data.contract import Batch
-from bigdl.orca.learn.program import Cursor, Hooks, Options, WorkerContext
+from bigdl.orca.learn.program import Cursor, Hooks, Options, ReplicaContext
 from bigdl.testing.collective import in_gang
 
 PRELOAD = ("numpy", "torch", "torchmetrics", "bigdl.orca.learn.pytorch.replica")
@@ -56,7 +56,7 @@ def weights(replica):
 
 def train(collective, program, arrays, size, epochs=1, cuts=None, **options):
     """Weights after training, rows of the record, steps."""
-    ctx = WorkerContext(collective=collective, options=Options(**options))
+    ctx = ReplicaContext(collective=collective, options=Options(**options))
     replica = program.build(ctx)
     hooks = FromArrays(ctx, arrays, size, cuts)
     rows = replica.train(epochs, Cursor(), hooks)

@@ -393,7 +393,7 @@ def test_bf16_is_autocast_over_float32_weights(world):
 def half_weights(collective):
     model = mlp("bfloat16")
     program = TorchProgram(model=model, optimizer=sgd(model), loss=torch.nn.MSELoss())
-    replica = program.build(learning.WorkerContext(collective=collective))
+    replica = program.build(learning.ReplicaContext(collective=collective))
     hooks = learning.FromArrays(replica._ctx, data(), 16)
     plain = hooks.batches
 
@@ -511,7 +511,7 @@ def unequal_streams(collective):
     """Rank r has 3 - r batches of 8 rows: whoever has ended brings zeros."""
     model = mlp("float64")
     program = TorchProgram(model=model, optimizer=sgd(model), loss=torch.nn.MSELoss())
-    ctx = learning.WorkerContext(collective=collective)
+    ctx = learning.ReplicaContext(collective=collective)
     replica = program.build(ctx)
     hooks = learning.FromArrays(ctx, (), 0)
     x, y = data()
@@ -541,7 +541,7 @@ def test_a_gradient_is_a_view_of_the_memory_that_is_added_up():
     from bigdl.orca.learn.pytorch.gradients import _Shared
 
     model = convolutions()
-    ctx = learning.WorkerContext(collective=Alone())
+    ctx = learning.ReplicaContext(collective=Alone())
     gradients = _Shared(list(model.parameters()), ctx, True)
     memory = gradients._kernel.gradients
     for _ in range(2):

@@ -27,7 +27,7 @@ from bigdl.orca.learn.program import (  # noqa: E402
     Options,
     Program,
     Replica,
-    WorkerContext,
+    ReplicaContext,
 )
 from bigdl.orca.learn.pytorch.program import TorchProgram  # noqa: E402
 
@@ -105,7 +105,7 @@ def measured(collective):
         loss=binary_loss,
         metrics=metrics(),
     )
-    ctx = WorkerContext(collective=collective)
+    ctx = ReplicaContext(collective=collective)
     replica = program.build(ctx)
     arrays = scores()
     evaluated = replica.evaluate(learning.parts(arrays, 32, ctx.rank, ctx.world))
@@ -143,7 +143,7 @@ def test_metrics_of_401_rows_equal_one_process(world):
 
 def without_loss(collective):
     program = TorchProgram(model=classifier(), metrics=torchmetrics.Accuracy(task="binary"))
-    replica = program.build(WorkerContext(collective=collective))
+    replica = program.build(ReplicaContext(collective=collective))
     ours = learning.parts(scores(3), 32, collective.rank, collective.world)
     found = replica.evaluate(ours)
     return found, replica.model.training
@@ -207,7 +207,7 @@ class Saving(learning.FromArrays):
 
 def straight(p, sync, at, collective):
     """Two epochs; the end state and the one after step ``at``."""
-    ctx = WorkerContext(collective=collective, options=Options(sync=sync))
+    ctx = ReplicaContext(collective=collective, options=Options(sync=sync))
     replica = dropping(p).build(ctx)
     hooks = Saving(ctx, data(), 16, at=at)
     replica.train(2, Cursor(), hooks)
@@ -215,7 +215,7 @@ def straight(p, sync, at, collective):
 
 
 def resumed(p, sync, state, cursor, epochs, collective):
-    ctx = WorkerContext(collective=collective, options=Options(sync=sync))
+    ctx = ReplicaContext(collective=collective, options=Options(sync=sync))
     replica = dropping(p).build(ctx)
     replica.load(state)
     hooks = learning.FromArrays(ctx, data(), 16)
@@ -340,7 +340,7 @@ def test_the_codec_gives_back_what_it_got():
 
 
 def alone(**options):
-    return WorkerContext(collective=Alone(), options=Options(**options))
+    return ReplicaContext(collective=Alone(), options=Options(**options))
 
 
 @pytest.mark.parametrize(
@@ -386,7 +386,7 @@ def normed(collective):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(6, 3), nn.BatchNorm1d(3), nn.Linear(3, 1)).double()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
-    ctx = WorkerContext(collective=collective)
+    ctx = ReplicaContext(collective=collective)
     replica = TorchProgram(model=model, optimizer=optimizer, loss=nn.MSELoss()).build(ctx)
     hooks = Saving(ctx, data(), 32, at=2)
     x, y = data()
@@ -432,7 +432,7 @@ def created(collective):
         scheduler=make_scheduler,
         config={"out": 1, "lr": 0.1, "gamma": 0.5},
     )
-    ctx = WorkerContext(collective=collective, seed=3)
+    ctx = ReplicaContext(collective=collective, seed=3)
     replica = program.build(ctx)
     initial = learning.weights(replica)
     replica.train(2, Cursor(), learning.FromArrays(ctx, data(), 32))
@@ -459,7 +459,7 @@ def stopped(collective):
     program = TorchProgram(
         model=model, optimizer=make_optimizer(model, {"lr": 0.1}), loss=nn.MSELoss()
     )
-    ctx = WorkerContext(collective=collective, options=Options(max_steps=3))
+    ctx = ReplicaContext(collective=collective, options=Options(max_steps=3))
     replica = program.build(ctx)
     hooks = learning.FromArrays(ctx, data(), 16)
     if ctx.rank == ctx.world - 1:
@@ -652,7 +652,7 @@ def bad_loss(kind, collective):
     optimizer = make_optimizer(model, {"lr": 0.1})
     program = TorchProgram(model=model, optimizer=optimizer, loss=losses[kind])
     arrays = data()[: 1 if kind == "labels" else 2]
-    ctx = WorkerContext(collective=collective)
+    ctx = ReplicaContext(collective=collective)
     program.build(ctx).train(1, Cursor(), learning.FromArrays(ctx, arrays, 32))
 
 
@@ -675,7 +675,7 @@ def unsliceable(collective):
     program = TorchProgram(
         model=model, optimizer=torch.optim.Adafactor(model.parameters()), loss=nn.MSELoss()
     )
-    ctx = WorkerContext(collective=collective, options=Options(sync="sharded"))
+    ctx = ReplicaContext(collective=collective, options=Options(sync="sharded"))
     program.build(ctx).train(1, Cursor(), learning.FromArrays(ctx, data(), 32))
 
 
@@ -694,7 +694,7 @@ def failing(collective):
     program = TorchProgram(
         model=model, optimizer=make_optimizer(model, {"lr": 0.1}), loss=nn.MSELoss()
     )
-    ctx = WorkerContext(collective=collective)
+    ctx = ReplicaContext(collective=collective)
     program.build(ctx).train(1, Cursor(), Failing(ctx, data(), 16))
 
 

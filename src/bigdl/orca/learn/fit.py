@@ -18,8 +18,7 @@ from bigdl._base.errors import WorkerLostError
 from bigdl.orca.engines.base import GangSetup
 from bigdl.orca.learn import checkpoint
 from bigdl.orca.learn.callbacks import Callback, ModelCheckpoint, TrainingState
-from bigdl.orca.learn.program import Cursor, Hooks, Options
-from bigdl.orca.learn.program import WorkerContext as ReplicaContext
+from bigdl.orca.learn.program import Cursor, Hooks, Options, ReplicaContext
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from bigdl._base.collective.alone import Alone
 from bigdl.orca.data.contract import OutputSchema
-from bigdl.orca.learn.program import Options, WorkerContext
+from bigdl.orca.learn.program import Options, ReplicaContext
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -78,7 +78,7 @@ class _Model:
         replica = _built.get(self.name)
         if replica is None:
             _built.clear()  # one at a time: they may be large
-            replica = self.program.build(WorkerContext(collective=Alone(), options=self.options))
+            replica = self.program.build(ReplicaContext(collective=Alone(), options=self.options))
             if self.state is not None:
                 replica.load(self.state)
             _built[self.name] = replica

@@ -28,9 +28,9 @@ __all__ = [
     "Precision",
     "Program",
     "Replica",
+    "ReplicaContext",
     "State",
     "StepEnd",
-    "WorkerContext",
 ]
 
 Precision = Literal["fp32", "bf16"]
@@ -100,7 +100,7 @@ class Options:
 
 
 @dataclass(frozen=True, kw_only=True)
-class WorkerContext:
+class ReplicaContext:
     """A worker's place, as a program is built there.
 
     Args:
@@ -215,7 +215,7 @@ class Program(Protocol):
     @property
     def codec(self) -> Codec: ...
 
-    def build(self, ctx: WorkerContext) -> Replica:
+    def build(self, ctx: ReplicaContext) -> Replica:
         """Make this worker's replica; all workers do it at the same time.
 
         Raises:

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from bigdl.orca.learn.program import WorkerContext
+    from bigdl.orca.learn.program import ReplicaContext
     from bigdl.orca.learn.pytorch.losses import Term
 
 __all__ = ["Gradients", "connect_gradients"]
@@ -61,7 +61,7 @@ class Gradients(Protocol):
 
 
 def connect_gradients(
-    ctx: WorkerContext, optimizer: torch.optim.Optimizer, *, averages: bool
+    ctx: ReplicaContext, optimizer: torch.optim.Optimizer, *, averages: bool
 ) -> Gradients:
     """The way of this gang for the parameters that ``optimizer`` moves; all workers call it.
 
@@ -115,7 +115,7 @@ class _Lone(_Whole):
     """One worker: gradients stay as the backward pass makes them."""
 
     def __init__(
-        self, parameters: Sequence[torch.Tensor], ctx: WorkerContext, averages: bool
+        self, parameters: Sequence[torch.Tensor], ctx: ReplicaContext, averages: bool
     ) -> None:
         self.parameters = parameters
         options = ctx.options
@@ -158,7 +158,7 @@ class _Shared(_Whole):
     """Several workers, each with the whole gradient after the step."""
 
     def __init__(
-        self, parameters: Sequence[torch.Tensor], ctx: WorkerContext, averages: bool
+        self, parameters: Sequence[torch.Tensor], ctx: ReplicaContext, averages: bool
     ) -> None:
         self.parameters = parameters
         options = ctx.options
@@ -210,7 +210,7 @@ class _Sharded(_Shared):
     def __init__(
         self,
         parameters: Sequence[torch.Tensor],
-        ctx: WorkerContext,
+        ctx: ReplicaContext,
         averages: bool,
         optimizer: torch.optim.Optimizer,
     ) -> None:

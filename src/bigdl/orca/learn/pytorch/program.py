@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
     from bigdl.orca.learn.checkpoint import Codec
-    from bigdl.orca.learn.program import State, WorkerContext
+    from bigdl.orca.learn.program import ReplicaContext, State
     from bigdl.orca.learn.pytorch.replica import TorchReplica
 
 __all__ = ["TorchProgram"]
@@ -91,7 +91,7 @@ class TorchProgram:
 
         return TorchCodec()
 
-    def build(self, ctx: WorkerContext) -> TorchReplica:
+    def build(self, ctx: ReplicaContext) -> TorchReplica:
         """Make this worker's replica; all workers do it at the same time.
 
         What creators make is made from the same random streams on every worker, and the

@@ -14,7 +14,7 @@ import torch
 
 from bigdl._base import trees
 from bigdl._base.errors import DataError, NotReadyError
-from bigdl.orca.learn.program import Cursor, Hooks, State, StepEnd, WorkerContext
+from bigdl.orca.learn.program import Cursor, Hooks, ReplicaContext, State, StepEnd
 from bigdl.orca.learn.pytorch import calling, storing
 from bigdl.orca.learn.pytorch.gradients import Gradients, connect_gradients
 from bigdl.orca.learn.pytorch.memory import broadcast
@@ -39,7 +39,7 @@ class TorchReplica:
     def __init__(
         self,
         *,
-        ctx: WorkerContext,
+        ctx: ReplicaContext,
         model: torch.nn.Module,
         optimizer: torch.optim.Optimizer | None,
         loss: WeightedLoss | None,

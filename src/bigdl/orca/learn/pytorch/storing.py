@@ -14,7 +14,7 @@ from bigdl.orca.learn.pytorch.memory import copied
 
 if TYPE_CHECKING:
     from bigdl._base.collective import Collective
-    from bigdl.orca.learn.program import State, WorkerContext
+    from bigdl.orca.learn.program import ReplicaContext, State
     from bigdl.orca.learn.pytorch.gradients import Gradients
     from bigdl.orca.learn.pytorch.replica import TorchReplica
     from bigdl.orca.learn.pytorch.streams import Streams
@@ -50,7 +50,7 @@ def load_into(
     state: State,
     gradients: Gradients | None,
     streams: Streams,
-    ctx: WorkerContext,
+    ctx: ReplicaContext,
 ) -> None:
     """Take a state; see ``Replica.load``. A rank that the state does not know starts anew."""
     load_parts(
