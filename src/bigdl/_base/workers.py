@@ -15,6 +15,7 @@ temporary files.
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import os
 import pickle
@@ -424,8 +425,14 @@ def _unreachable() -> Iterable[ModuleType]:
         file = getattr(module, "__file__", None)
         if name == "__main__" or name != getattr(module, "__name__", None) or not file:
             continue  # cloudpickle sends __main__ by value itself
-        if not os.path.realpath(file).startswith(roots) and not _found(name.partition(".")[0]):
+        if not _real_path(file).startswith(roots) and not _found(name.partition(".")[0]):
             yield module
+
+
+@functools.cache
+def _real_path(file: str) -> str:
+    """A loaded file's; asked anew, those of all of torch's modules take 25 ms."""
+    return os.path.realpath(file)
 
 
 def _found(name: str) -> bool:
