@@ -193,7 +193,8 @@ class Workers:
             "scratch": self._scratch,
         }
         env = {**os.environ, **self._env, "TMPDIR": self._scratch}
-        with theirs:
+        with theirs, contextlib.ExitStack() as stack:
+            stack.enter_context(ours)
             self._nursery = subprocess.Popen(
                 [sys.executable, "-c", _BOOT, json.dumps(search_path()), json.dumps(boot)],
                 stdin=subprocess.DEVNULL,
@@ -203,6 +204,7 @@ class Workers:
                 pass_fds=(theirs.fileno(),),
                 start_new_session=True,  # Ctrl-C is for the caller; it ends the workers
             )
+            stack.pop_all()  # it lives: the line to it stays open
         self._control = ours
 
     def _line(self) -> socket.socket:
