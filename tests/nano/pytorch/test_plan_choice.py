@@ -271,7 +271,7 @@ def test_long_steps_are_timed_twice_and_short_ones_until_clear():
         lambda steps: turns.append(steps) or 0.001, lambda steps: 0.00099, limit_s=9
     )
     assert 6 <= len(turns) - 1 < 10
-    assert turns[1] == 20  # blocks of some 20 ms
+    assert turns[1] == 10  # blocks of some 10 ms
     assert timing.speedup == pytest.approx(1 / 0.99)
 
 

@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset, RandomSampler
 
-from bigdl.nano.pytorch.plan.candidates import Scene
+from bigdl.nano.pytorch.plan.candidates import Applied, Scene, candidate
+from bigdl.nano.pytorch.plan.on_run import TrialOnRun
 from bigdl.nano.pytorch.plan.prefetching import Prefetch
 
 
@@ -213,3 +214,33 @@ def test_a_run_whose_rows_draw_keeps_its_own_loader():
     assert trainer.plan.row("prefetch").status == "refused"
     assert "draws random numbers" in trainer.plan.row("prefetch").reason
     assert len(set(rows.threads)) == 1
+
+
+class Settling(Applied):
+    """Watches the first three steps of each epoch, as reading ahead does."""
+
+    def __init__(self):
+        self.steps = 0
+
+    @property
+    def is_proven(self):
+        self.steps += 1
+        return self.steps > 3
+
+    def epoch_started(self):
+        self.steps = 0
+
+
+@pytest.mark.parametrize("epoch_steps", [14, 20, 128])
+def test_a_trial_on_the_run_ends_though_epochs_are_short(epoch_steps):
+    trial = TrialOnRun(candidate("prefetch"), Settling, step_s=1e-4, epoch_steps=epoch_steps)
+    assert trial.has_room
+    for _ in range(200):
+        trial.epoch_started()
+        if any(trial.after_step() for _ in range(epoch_steps)):
+            break
+    assert trial.timing is not None
+
+
+def test_no_trial_on_the_run_where_an_epoch_is_a_few_steps():
+    assert not TrialOnRun(candidate("prefetch"), Settling, step_s=1, epoch_steps=8).has_room

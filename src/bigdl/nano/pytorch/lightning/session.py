@@ -408,8 +408,18 @@ class Session:
 
     def _try_on_run(self, one: Candidate) -> None:
         """Try a candidate on the steps to come, with and without, if they are enough."""
-        trial = TrialOnRun(one, self._applying(one), step_s=self._wall_s())
+        batches = self._trainer.num_training_batches
+        trial = TrialOnRun(
+            one,
+            self._applying(one),
+            step_s=self._wall_s(),
+            epoch_steps=int(batches) if math.isfinite(batches) else None,
+        )
         left = self._steps_left()
+        if not trial.has_room and self.plan is not None:
+            row = Row(name=one.name, status="skipped", reason="epochs are too short to time it in")
+            self.plan = self.plan.with_row(row)
+            return
         if left is not None and left < trial.steps_needed:
             return
         self._trial = trial

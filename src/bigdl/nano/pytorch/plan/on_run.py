@@ -22,6 +22,8 @@ __all__ = ["TrialOnRun"]
 #: Steps of a block take about so long; its first one is not timed.
 _BLOCK_S = 0.25
 _TURNS, _TURNS_OF_LONG_STEPS = 8, 3
+#: Steps at the start of an epoch that are watched more closely, and are slower.
+_SETTLING = 4
 
 
 class TrialOnRun:
@@ -31,16 +33,25 @@ class TrialOnRun:
         candidate: What is tried.
         apply: Puts it in force.
         step_s: About how long a step takes, its loader included.
+        epoch_steps: Steps of an epoch, None if unknown: a block has to fit into one, as loaders
+            begin anew with each.
     """
 
     def __init__(
-        self, candidate: Candidate, apply: Callable[[], Applied], *, step_s: float
+        self,
+        candidate: Candidate,
+        apply: Callable[[], Applied],
+        *,
+        step_s: float,
+        epoch_steps: int | None = None,
     ) -> None:
         self.candidate = candidate
         self._apply = apply
         is_long = step_s >= LONG_STEP_S
         self._turns_wanted = _TURNS_OF_LONG_STEPS if is_long else _TURNS
         self._steps = 2 if is_long else max(3, min(200, round(_BLOCK_S / max(step_s, 1e-6))))
+        if epoch_steps is not None:
+            self._steps = min(self._steps, epoch_steps // 2 - _SETTLING)
         self._last: float | None = None  # when the last step ended
         self._seconds: list[float] = []  # steps of this block
         self._blocks: list[float] = []  # off, on, off, on, …
@@ -52,8 +63,13 @@ class TrialOnRun:
         self.problem: str | None = None
 
     @property
+    def has_room(self) -> bool:
+        """Whether epochs are long enough for a block."""
+        return self._steps >= 2
+
+    @property
     def steps_needed(self) -> int:
-        """Steps that the whole trial takes."""
+        """Steps that the whole trial takes, about."""
         return 2 * self._turns_wanted * (self._steps + 1) + 8
 
     def after_step(self) -> bool:
@@ -90,7 +106,7 @@ class TrialOnRun:
 
     def epoch_started(self) -> None:
         """An epoch of the run begins: its loaders' iterators are new."""
-        self._seconds, self._last = [], None
+        self._last = None  # what lies between epochs is no step
         if self.applied is not None:
             self.applied.epoch_started()
 

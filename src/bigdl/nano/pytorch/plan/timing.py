@@ -49,7 +49,7 @@ def time_in_turns(own: Any, other: Any, *, limit_s: float) -> Timing:
     """Time ``own(n)`` and ``other(n)``, each the seconds of a step over n steps, in turns.
 
     Both have taken a step before. Long steps get two turns, and more while the second seems much
-    faster and the turns disagree; short ones blocks of some 20 ms, at least six turns, and more
+    faster and the turns disagree; short ones blocks of some 10 ms, at least six turns, and more
     until the doubt is below 1 % or the answer is clear.
     """
     first, second = own(1), other(1)
@@ -61,7 +61,7 @@ def time_in_turns(own: Any, other: Any, *, limit_s: float) -> Timing:
         while len(turns) < _MOST_LONG and (timing := timing_of(turns)).is_unclear:
             turns.append((own(1), other(1)))
         return timing_of(turns)
-    steps = max(1, min(200, round(0.02 / max(step_s, 1e-6))))
+    steps = max(1, min(200, round(0.01 / max(step_s, 1e-6))))
     turns = []
     spent = 0.0
     while len(turns) < 40:
