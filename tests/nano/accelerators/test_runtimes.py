@@ -257,3 +257,36 @@ def test_a_tensor_s_description_is_checked():
     with pytest.raises(ConfigError, match="threads=0"):
         Spec(precision="fp32", inputs=(), outputs=(), threads=0)
     assert TensorSpec(name="x", dtype="float32", shape=(None,)).shape == (None,)
+
+
+# --- signals ----------------------------------------------------------------------------------
+
+_SIGNALS = """
+import faulthandler, gc, os, signal, subprocess, sys, torch
+from bigdl.nano.accelerators.signal_stack import signal_stack
+from bigdl.nano.pytorch import InferenceOptimizer
+
+faulthandler.enable()
+before = signal_stack()
+assert before is not None
+model, x = torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.ReLU()), torch.randn(8, 4)
+for _ in range(2):
+    fast = InferenceOptimizer.quantize(model, "int8", "openvino", calib_data=[(x,)])
+    fast(x)
+    assert signal_stack() == before, "the thread's signal stack is another"
+    del fast
+    gc.collect()
+    assert signal_stack() == before
+signal.signal(signal.SIGCHLD, lambda *args: print("a child has ended"))
+subprocess.run([sys.executable, "-c", ""], check=True)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere OpenVINO leaves signals alone")
+def test_openvino_leaves_the_stack_for_signals_in_place():
+    pytest.importorskip("nncf")
+    done = subprocess.run(
+        [sys.executable, "-c", _SIGNALS], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert "a child has ended" in done.stdout

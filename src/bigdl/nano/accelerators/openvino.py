@@ -24,6 +24,7 @@ from bigdl._base.errors import (
 from bigdl._base.optional import need
 from bigdl.nano.accelerators.base import Config, make_config
 from bigdl.nano.accelerators.here import missing, no_bf16
+from bigdl.nano.accelerators.signal_stack import signal_stack_kept
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -185,7 +186,8 @@ class OpenVinoCompiled:
             model.reshape(
                 {port: list(shapes[i]) for port, i in zip(model.inputs, order, strict=True)}
             )
-            return _Pool(_core().compile_model(model, "CPU", _settings(self._spec)))
+            with signal_stack_kept():
+                return _Pool(_core().compile_model(model, "CPU", _settings(self._spec)))
         except RuntimeError:
             return None
 
@@ -209,7 +211,8 @@ class OpenVinoCompiled:
 
 def _compile(model: Any, spec: Spec) -> Any:
     try:
-        return _core().compile_model(model, "CPU", _settings(spec))
+        with signal_stack_kept():
+            return _core().compile_model(model, "CPU", _settings(spec))
     except RuntimeError as exc:
         raise ConfigError(f"OpenVINO cannot run this model: {_line(exc)}") from exc
 
@@ -267,7 +270,8 @@ def _nncf() -> Iterator[Any]:
     logger.setLevel(logging.ERROR)
     console.quiet = True
     try:
-        yield nncf
+        with signal_stack_kept():  # it loads plugins of its own
+            yield nncf
     finally:
         logger.setLevel(level)
         console.quiet = quiet
