@@ -28,8 +28,8 @@ from bigdl.orca.learn.pytorch import Estimator
 
 @pytest.fixture(scope="module", autouse=True)
 def context():
-    with init_orca_context(cores=4) as context:
-        yield context
+    yield init_orca_context(cores=4)
+    stop_orca_context()  # whichever there is by then
 
 
 def table(rows=101, seed=0):
