@@ -165,6 +165,22 @@ def test_two_fits_of_one_epoch_are_one_of_two():
     assert (twice.epoch, twice.step) == (2, 14)
 
 
+def test_what_the_caller_changes_in_the_model_counts():
+    """Between calls the model and the optimizer are the caller's."""
+    model = nn.Linear(1, 1, bias=False)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.25)
+    est = Estimator.from_torch(model, optimizer, nn.MSELoss(), workers=2)
+    x = np.ones((4, 1), np.float32)
+    est.fit((x, x), batch_size=4)
+    with torch.no_grad():
+        model.weight.fill_(7.0)
+    np.testing.assert_array_equal(est.predict(x), 7 * x)
+    assert est.evaluate((x, 7 * x))["loss"] == 0
+    optimizer.param_groups[0]["lr"] = 0.5
+    est.fit((x, 0 * x), batch_size=4)  # 7 - 0.5 · 2 · 7
+    assert model.weight.item() == 0
+
+
 @pytest.mark.parametrize(("before", "after"), [(2, 2), (2, 3), (3, 1)])
 def test_resumed_in_mid_epoch_with_other_workers(before, after, tmp_path):
     whole = make(2)

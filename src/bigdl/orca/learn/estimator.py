@@ -160,7 +160,7 @@ class BaseEstimator:
             seed=None if shuffle is False else seed,
             streams_seed=seed,
             start=self._cursor,
-            state=self._state,
+            state=self._present(),
             validate_every=validate_every,
             validate_every_steps=validate_every_steps,
             callbacks=tuple(hung),
@@ -229,7 +229,7 @@ class BaseEstimator:
             workers=self._number(engine),
             size=batch_size or DEFAULT_BATCH_SIZE,
             options=Options(precision=precision),
-            state=self._state,
+            state=self._present(),
         )
 
     def predict(
@@ -268,7 +268,7 @@ class BaseEstimator:
             size=batch_size or DEFAULT_BATCH_SIZE,
             names=output_cols,
             options=Options(precision=precision),
-            state=self._state,
+            state=self._present(),
         )
 
     # --- checkpoints ---
@@ -280,9 +280,10 @@ class BaseEstimator:
             NotReadyError: Nothing was trained yet.
         """
         self._open()
-        if self._state is None:
+        state = self._present()
+        if state is None:
             raise NotReadyError("There is nothing to checkpoint yet: call fit() first.")
-        saved = checkpoint.Checkpoint(state=self._state, cursor=self._cursor, seed=None)
+        saved = checkpoint.Checkpoint(state=state, cursor=self._cursor, seed=None)
         return checkpoint.write(path, saved, self._program.codec)
 
     def load_checkpoint(self, path: str | PathLike[str]) -> None:
@@ -307,6 +308,10 @@ class BaseEstimator:
         self._state = None
 
     # --- inside ---
+
+    def _present(self) -> State | None:
+        """The state to go on from: the caller's own objects say what they hold."""
+        return None if self._state is None else self._program.refreshed(self._state)
 
     def _open(self) -> None:
         if self._is_shut:

@@ -222,6 +222,9 @@ class Program(Protocol):
             ConfigError: Its parts do not go together.
         """
 
+    def refreshed(self, state: State) -> State:
+        """``state`` with what the user's own objects, as far as they are instances, hold now."""
+
     def take(self, state: State) -> Any:
         """Put a replica's state into the user's own objects, in the caller's process.
 

@@ -143,6 +143,15 @@ class TorchProgram:
             made: torch.nn.Module = _made("model", self.model(dict(self.config)), torch.nn.Module)
         return made
 
+    def refreshed(self, state: State) -> State:
+        """``state`` with what the user's own objects hold now: they may have been changed."""
+        now = dict(state)
+        if isinstance(self.model, torch.nn.Module):
+            now["model"] = dict(self.model.state_dict())
+        if isinstance(self.optimizer, torch.optim.Optimizer):
+            now["optimizer"] = self.optimizer.state_dict()
+        return now
+
     def take(self, state: State) -> torch.nn.Module:
         """Put a replica's state into the user's own objects, as far as they are instances.
 
