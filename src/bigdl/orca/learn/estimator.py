@@ -15,6 +15,7 @@ from bigdl.orca.data.adapters import adapt
 from bigdl.orca.data.contract import DEFAULT_BATCH_SIZE, Request
 from bigdl.orca.learn import checkpoint
 from bigdl.orca.learn.callbacks import Callback, ModelCheckpoint
+from bigdl.orca.learn.explain import Explanation, explain
 from bigdl.orca.learn.fit import Fitted, Job, evaluate, fit
 from bigdl.orca.learn.predict import predict
 from bigdl.orca.learn.program import Cursor, Options
@@ -270,6 +271,61 @@ class BaseEstimator:
             options=Options(precision=precision),
             state=self._present(),
         )
+
+    # --- what it costs ---
+
+    def explain(
+        self,
+        data: Any,
+        batch_size: int | None = None,
+        *,
+        feature_cols: str | Sequence[str] | None = None,
+        label_cols: str | Sequence[str] | None = None,
+        shuffle: bool | None = None,
+        seed: int = 0,
+        accumulation_steps: int = 1,
+        precision: Literal["fp32", "bf16"] = "fp32",
+        fill: Any = None,
+        transform: Callable[[Any], Any] | None = None,
+        target_transform: Callable[[Any], Any] | None = None,
+    ) -> Explanation:
+        """What ``fit`` with these arguments costs, before it runs; trains nothing of the caller's.
+
+        Copies are trained for a few seconds, by one worker and by two; more workers of this
+        machine are estimated, and machines like it simulated.
+
+        Returns:
+            An object whose ``str`` is the table: bytes of a row, memory of a worker,
+            milliseconds of a step and rows/s by number of workers, and from how many on
+            several are faster than one.
+
+        Raises:
+            ConfigError: A value is not allowed; before any work.
+            DataError: The data cannot be used as asked.
+            NotReadyError: There is no optimizer or no loss.
+        """
+        engine = self._engine()
+        request = Request(
+            call="fit",
+            feature_cols=feature_cols,
+            label_cols=label_cols,
+            fill=fill,
+            transform=transform,
+            target_transform=target_transform,
+            batch_size=batch_size,
+            shuffle=shuffle,
+            config=getattr(self._program, "config", None),
+        )
+        job = Job(
+            program=self._program,
+            data=adapt(data, request),
+            options=Options(accumulation_steps=accumulation_steps, precision=precision),
+            size=batch_size or DEFAULT_BATCH_SIZE,
+            seed=None if shuffle is False else seed,
+            streams_seed=seed,
+            state=self._present(),
+        )
+        return explain(engine, job)
 
     # --- checkpoints ---
 

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from bigdl.orca.engines.worker import WorkerContext
     from bigdl.orca.learn.program import Program, Replica, State, StepEnd
 
-__all__ = ["Fitted", "Job", "evaluate", "fit"]
+__all__ = ["Fitted", "Job", "evaluate", "fit", "replica_in_gang"]
 
 logger = logging.getLogger(__name__)
 
@@ -256,7 +256,7 @@ class _Watch:
 
 
 def _train(ctx: WorkerContext, job: Job) -> Fitted | None:
-    with _replica(ctx, job) as replica, contextlib.ExitStack() as stack:
+    with replica_in_gang(ctx, job) as replica, contextlib.ExitStack() as stack:
         reader = stack.enter_context(contextlib.closing(job.data.open(ctx.rank, ctx.world)))
         against = None
         if job.validation is not None:
@@ -277,7 +277,7 @@ def _train(ctx: WorkerContext, job: Job) -> Fitted | None:
 
 def _evaluate(ctx: WorkerContext, job: Job) -> dict[str, Any]:
     with (
-        _replica(ctx, job) as replica,
+        replica_in_gang(ctx, job) as replica,
         contextlib.closing(job.data.open(ctx.rank, ctx.world)) as reader,
     ):
         found: dict[str, Any] = replica.evaluate(reader.batches(job.size))
@@ -285,7 +285,7 @@ def _evaluate(ctx: WorkerContext, job: Job) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def _replica(ctx: WorkerContext, job: Job) -> Any:
+def replica_in_gang(ctx: WorkerContext, job: Job) -> Any:
     """This worker's replica, connected to the others'."""
     with ctx.connect() as collective:
         place = ReplicaContext(collective=collective, options=job.options, seed=job.streams_seed)

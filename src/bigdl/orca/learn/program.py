@@ -167,7 +167,14 @@ class Hooks:
 
 @runtime_checkable
 class Replica(Protocol):
-    """A worker's model. All workers make the same calls, but for ``predict``."""
+    """A worker's model. All workers make the same calls, but for ``predict``.
+
+    Attributes:
+        gradient_bytes: What several workers sum in a step.
+    """
+
+    @property
+    def gradient_bytes(self) -> int: ...
 
     def train(self, epochs: int, start: Cursor, hooks: Hooks) -> list[dict[str, Any]]:
         """Train for ``epochs`` epochs; the rest of a broken one counts as one.

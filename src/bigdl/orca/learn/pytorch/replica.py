@@ -58,6 +58,15 @@ class TorchReplica:
         self._streams = Streams(ctx.seed, ctx.rank)
         self._gradients: Gradients | None = None
 
+    @property
+    def gradient_bytes(self) -> int:
+        """What several workers sum in a step; see ``Replica``."""
+        return sum(
+            parameter.numel() * max(4, parameter.element_size())  # halves are summed as float32
+            for parameter in self.model.parameters()
+            if parameter.requires_grad
+        )
+
     # --- training ---
 
     def train(self, epochs: int, start: Cursor, hooks: Hooks) -> list[dict[str, Any]]:
