@@ -39,25 +39,6 @@ _TELL_S = 0.2
 _FIRST_S, _LEAST_S, _TIMES = 600.0, 60.0, 10.0
 
 
-@dataclass(frozen=True)
-class EpochPart:
-    """A part of an epoch: rows, updates, and the sum of losses over rows."""
-
-    rows: int = 0
-    steps: int = 0
-    loss: float = 0.0
-
-    def with_step(self, step: StepEnd) -> EpochPart:
-        return EpochPart(self.rows + step.rows, self.steps + 1, self.loss + step.loss * step.rows)
-
-    def before(self, row: dict[str, Any]) -> None:
-        """Put this part into the record of the rest."""
-        rows = self.rows + row["rows"]
-        if rows:
-            row["loss"] = (self.loss + row["loss"] * row["rows"]) / rows
-        row["rows"], row["steps"] = rows, self.steps + row["steps"]
-
-
 @dataclass(frozen=True, kw_only=True)
 class Job:
     """A fit, as it travels to the workers.
@@ -77,7 +58,10 @@ class Job:
         validate_every_steps: And after each so many updates.
         callbacks: The user's.
         run: Name of this run, for its checkpoints.
-        had: What the first epoch's record had when a lost worker broke it off.
+        restarts: Whether a lost worker may start it again: each checkpoint's news then has what
+            the epoch's record is made of so far.
+        had: That of the first epoch, when a lost worker broke it off.
+        trains: Whether it trains, or only evaluates.
     """
 
     program: Program
@@ -94,7 +78,9 @@ class Job:
     validate_every_steps: int | None = None
     callbacks: tuple[Callback, ...] = ()
     run: str = field(default_factory=checkpoint.new_run)
-    had: EpochPart | None = None
+    restarts: bool = False
+    had: Any = None
+    trains: bool = True
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,12 +123,13 @@ def fit(
         hang_timeout_s: Seconds without a step after which a worker is taken for hung; "auto" =
             10 times the longest, at least 60; 600 for the first; None = never.
         on_event: Called here with (rank, event) as the workers tell: ("step", epoch, step, rows
-            of the epoch, loss), ("epoch", record), ("checkpoint", path, part of the epoch).
+            of the epoch, loss), ("epoch", record), ("checkpoint", path, ``Replica.part``).
 
     Raises:
         WorkerLostError: More workers were lost than ``max_failures``.
         Exception: What the user's code raised in a worker.
     """
+    job = replace(job, restarts=max_failures > 0)
     watch = _Watch(job, hang_timeout_s, on_event)
     failures = 0
     while True:
@@ -180,7 +167,7 @@ def evaluate(
 ) -> dict[str, Any]:
     """Loss, ``rows`` and metrics over all rows, each once."""
     setup = GangSetup(cores=cores, preload=tuple(getattr(program, "preload", ())))
-    job = Job(program=program, data=data, options=options, size=size, state=state)
+    job = Job(program=program, data=data, options=options, size=size, state=state, trains=False)
     found: dict[str, Any] = engine.gang(partial(_evaluate, job=job), workers, setup=setup)[0]
     return found
 
@@ -196,7 +183,7 @@ class _Watch:
     ) -> None:
         self._job, self._limit, self._on_event = job, hang_timeout_s, on_event
         self._path: str | None = None
-        self._had: EpochPart | None = None
+        self._had: Any = None
         self._rows: list[dict[str, Any]] = []
         self._last: dict[int, float] = {}
         self._longest = 0.0
@@ -288,7 +275,9 @@ def _evaluate(ctx: WorkerContext, job: Job) -> dict[str, Any]:
 def _replica(ctx: WorkerContext, job: Job) -> Any:
     """This worker's replica, connected to the others'."""
     with ctx.connect() as collective:
-        place = ReplicaContext(collective=collective, options=job.options, seed=job.streams_seed)
+        place = ReplicaContext(
+            collective=collective, options=job.options, seed=job.streams_seed, trains=job.trains
+        )
         replica = job.program.build(place)
         if job.state is not None:
             replica.load(job.state)
@@ -307,7 +296,6 @@ class _Hooks(Hooks):
         self._seen = TrainingState(world=ctx.world, step=job.start.step)
         self._told = 0.0
         self._validated: dict[str, float] = {}
-        self._part = EpochPart()
         self._had = job.had
         self.cursor = job.start
 
@@ -327,6 +315,10 @@ class _Hooks(Hooks):
             self._job.size, epoch=cursor.epoch, seed=self._job.seed, start=cursor.row
         )
 
+    def had(self) -> Any:
+        had, self._had = self._had, None
+        return had
+
     def validate(self, replica: Replica, cursor: Cursor) -> Mapping[str, float]:
         if self._against is None or cursor.epoch % self._job.validate_every:
             return self._validated
@@ -339,13 +331,11 @@ class _Hooks(Hooks):
 
     def on_epoch_start(self, replica: Replica, cursor: Cursor) -> None:
         self._validated = {}
-        self._part = self._had or EpochPart()
         self._seen.epoch, self._seen.row = cursor.epoch + 1, {}
         self._call("on_epoch_start")
 
     def on_step_end(self, replica: Replica, step: StepEnd) -> None:
         self.cursor = step.cursor
-        self._part = self._part.with_step(step)
         self._seen.step = step.cursor.step
         self._call("on_step_end")
         every = self._job.validate_every_steps
@@ -358,9 +348,6 @@ class _Hooks(Hooks):
     def on_epoch_end(self, replica: Replica, cursor: Cursor, row: dict[str, Any]) -> None:
         is_whole = cursor.epoch > self.cursor.epoch
         self.cursor = cursor
-        had, self._had = self._had, None
-        if had is not None:
-            had.before(row)
         if self._is_first:
             self._seen.row = row
             self._call("on_epoch_end")
@@ -378,7 +365,11 @@ class _Hooks(Hooks):
     def _validate(self, replica: Replica) -> dict[str, float]:
         assert self._against is not None
         found = replica.evaluate(self._telling(self._against.batches(self._job.size)))
-        self._validated = {f"val_{key}": value for key, value in found.items() if key != "rows"}
+        self._validated = {
+            key if key.startswith("val_") else f"val_{key}": value
+            for key, value in found.items()
+            if key != "rows"
+        }
         self._seen.row = {**self._seen.row, **self._validated}
         self._call("on_validation_end")
         return self._validated
@@ -406,6 +397,7 @@ class _Hooks(Hooks):
         if not due:
             return
         state = replica.state()
+        part = replica.part() if self._job.restarts and cursor.row else None
         if not self._is_first:
             return
         saved = checkpoint.Checkpoint(state=state, cursor=cursor, seed=self._job.seed)
@@ -415,4 +407,4 @@ class _Hooks(Hooks):
             one.paths = [*(old for old in one.paths if old != path), path]
             while one.keep_last is not None and len(one.paths) > one.keep_last:
                 checkpoint.remove(one.paths.pop(0))
-            self._ctx.emit(("checkpoint", path, self._part))
+            self._ctx.emit(("checkpoint", path, part))

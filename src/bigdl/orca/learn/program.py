@@ -107,11 +107,13 @@ class ReplicaContext:
         collective: The connection to the other workers.
         options: How to train.
         seed: Of the random streams: of weights (the same on all workers), and of each rank.
+        trains: Whether ``train`` will be called; without, nothing that only it needs is made.
     """
 
     collective: Collective
     options: Options = field(default_factory=Options)
     seed: int = 0
+    trains: bool = True
 
     @property
     def rank(self) -> int:
@@ -146,6 +148,10 @@ class Hooks:
     def batches(self, cursor: Cursor) -> Iterable[Batch]:
         """This rank's parts of the global batches of an epoch, from the cursor on."""
         return ()
+
+    def had(self) -> Any:
+        """What ``Replica.part`` gave of the first epoch, if it goes on with; None = nothing."""
+        return None
 
     def on_epoch_start(self, replica: Replica, cursor: Cursor) -> None:
         """An epoch, or the rest of one, begins."""
@@ -191,6 +197,14 @@ class Replica(Protocol):
     def state(self) -> State:
         """All that a checkpoint of this moment needs; the same on all workers."""
 
+    def part(self) -> Any:
+        """What the record of the present epoch is made of so far, metrics too; picklable.
+
+        The same on all workers, which all call it. An epoch that is broken off here, and gone on
+        with by any number of workers that have it from ``Hooks.had``, ends with a record of all
+        its rows.
+        """
+
     def load(self, state: State) -> None:
         """Go on from a ``state``, of any number of workers.
 
@@ -214,6 +228,14 @@ class Program(Protocol):
 
     @property
     def codec(self) -> Codec: ...
+
+    def check_training(self) -> None:
+        """Refuse, in the caller's process, what ``Replica.train`` would refuse.
+
+        Raises:
+            NotReadyError: There is no optimizer or no loss.
+            ConfigError: It trains in a way that workers cannot do together.
+        """
 
     def build(self, ctx: ReplicaContext) -> Replica:
         """Make this worker's replica; all workers do it at the same time.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import sys
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +17,7 @@ from bigdl._base.errors import DataError
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-__all__ = ["caller", "evaluating", "precision", "split", "to_arrays", "to_tensors"]
+__all__ = ["caller", "evaluating", "positions", "precision", "split", "to_arrays", "to_tensors"]
 
 
 def to_tensors(data: trees.Tree) -> trees.Tree:
@@ -91,6 +92,14 @@ def caller(model: torch.nn.Module) -> Callable[[Any], Any]:
         return model(features)
 
     return call
+
+
+def positions(function: Callable[..., Any]) -> int:
+    """How many arguments it takes by position."""
+    parameters = inspect.signature(function).parameters.values()
+    if any(p.kind is p.VAR_POSITIONAL for p in parameters):
+        return sys.maxsize
+    return sum(p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD) for p in parameters)
 
 
 def precision(name: str) -> contextlib.AbstractContextManager[Any]:
