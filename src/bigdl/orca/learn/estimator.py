@@ -131,6 +131,7 @@ class BaseEstimator:
         _check_fit(
             epochs, seed, validate_every, validate_every_steps, max_failures, hang_timeout_s, hung
         )
+        self._program.check_training()
         request = Request(
             call="fit",
             feature_cols=feature_cols,
