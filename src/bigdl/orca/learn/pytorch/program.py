@@ -13,7 +13,6 @@ from bigdl._base.errors import ArgumentError, ConfigError, NotReadyError
 from bigdl.orca.learn.pytorch.lightning import (
     LightningWork,
     check_training,
-    configured,
     is_lightning,
     package_of,
 )
@@ -181,9 +180,8 @@ class TorchProgram:
         if ctx.trains:
             check_training(model)
             work.set_up("fit")
-            optimizer, schedule = configured(model)
+            optimizer, schedule = work.configure()
             check_optimizer(optimizer, model)
-            work.attach(optimizer, schedule)
         return TorchReplica(
             ctx=ctx, model=model, optimizer=optimizer, schedule=schedule, work=work
         )

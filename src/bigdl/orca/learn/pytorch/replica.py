@@ -9,7 +9,6 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 
 from bigdl._base.errors import DataError, NotReadyError
 from bigdl.orca.learn.program import Cursor, Hooks, ReplicaContext, State, StepEnd
@@ -21,6 +20,8 @@ from bigdl.orca.learn.pytorch.work import summed
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
+
+    import torch
 
     from bigdl._base.sync import Outcome
     from bigdl._base.trees import Tree
@@ -73,9 +74,7 @@ class TorchReplica:
                 "Training needs an optimizer and a loss: give optimizer= and loss= where the "
                 "model is given."
             )
-        self._gradients = connect_gradients(
-            self._ctx, self.optimizer, averages=self.work.averages
-        )
+        self._gradients = connect_gradients(self._ctx, self.optimizer, averages=self.work.averages)
         self._gradients.clear()
         modes = [(module, module.training) for module in self.model.modules()]
         if not self.model.training:

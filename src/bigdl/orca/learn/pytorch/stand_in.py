@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from bigdl.orca.learn.pytorch.logged import Logbook
     from bigdl.orca.learn.pytorch.schedules import Schedule
 
-__all__ = ["StandIn"]
+__all__ = ["StandIn", "in_hook"]
 
 _STAGES = {
     "fit": "training",
@@ -142,3 +142,13 @@ class _Results:
             weight=float(trainer.rows if batch_size is None else batch_size),
             number=trainer.number,
         )
+
+
+@contextlib.contextmanager
+def in_hook(module: Any, name: str) -> Iterator[None]:
+    """Within the block Lightning's ``log`` knows which hook calls it."""
+    before, module._current_fx_name = module._current_fx_name, name
+    try:
+        yield
+    finally:
+        module._current_fx_name = before
