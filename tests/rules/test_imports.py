@@ -73,6 +73,8 @@ FOREIGN = {
         "orca/data/adapters/parquet.py",
         "orca/data/adapters/__init__.py",  # the line to install
     ),
+    "tensorboard": ("orca/learn/callbacks/tensorboard.py",),
+    "mlflow": ("orca/learn/callbacks/mlflow.py",),
     "pytest": ("testing/*",),
     "typer": ("nano/cli.py",),
     "rich": ("nano/cli.py", "nano/accelerators/openvino.py"),  # NNCF's progress bars are rich's

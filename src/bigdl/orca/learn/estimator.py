@@ -8,24 +8,25 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal
 
-from bigdl._base.calls import shown
-from bigdl._base.errors import ArgumentError, ConfigError, NotReadyError
+from bigdl._base.errors import NotReadyError
 from bigdl.orca.context import current_engine
 from bigdl.orca.data.adapters import adapt
 from bigdl.orca.data.contract import DEFAULT_BATCH_SIZE, Request
 from bigdl.orca.learn import checkpoint
-from bigdl.orca.learn.callbacks import Callback, ModelCheckpoint
+from bigdl.orca.learn.callbacks import Progress
+from bigdl.orca.learn.checks import check_fit, checked_workers
 from bigdl.orca.learn.fit import Fitted, Job, evaluate, fit
 from bigdl.orca.learn.predict import predict
 from bigdl.orca.learn.program import Cursor, Options
-from bigdl.orca.learn.progress import Progress
+from bigdl.orca.learn.progress import ProgressLine
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Sequence
     from os import PathLike
 
     from bigdl.orca.data.contract import Sharded
     from bigdl.orca.engines.base import Engine
+    from bigdl.orca.learn.callbacks import Callback
     from bigdl.orca.learn.program import Program, State
 
 __all__ = ["BaseEstimator"]
@@ -42,7 +43,7 @@ class BaseEstimator:
 
     def __init__(self, program: Program, workers: int | tuple[int, int] | None = None) -> None:
         self._program = program
-        self._workers = _checked_workers(workers)
+        self._workers = checked_workers(workers)
         self._state: State | None = None
         self._cursor = Cursor()
         self._is_shut = False
@@ -128,7 +129,7 @@ class BaseEstimator:
         """
         engine = self._engine()
         hung = callbacks or ()
-        _check_fit(
+        check_fit(
             epochs, seed, validate_every, validate_every_steps, max_failures, hang_timeout_s, hung
         )
         self._program.check_training()
@@ -166,7 +167,13 @@ class BaseEstimator:
             validate_every_steps=validate_every_steps,
             callbacks=tuple(hung),
         )
-        with Progress(epochs=epochs, first=self.epoch + 1, rows=job.data.rows) as progress:
+        line = ProgressLine(
+            epochs=epochs,
+            first=self.epoch + 1,
+            rows=job.data.rows,
+            is_asked=any(isinstance(one, Progress) for one in hung),
+        )
+        with line as progress:
             fitted = fit(
                 engine,
                 job,
@@ -329,68 +336,3 @@ class BaseEstimator:
             return self._workers
         least, most = self._workers
         return max(least, min(most, engine.slots()))
-
-
-def _checked_workers(workers: Any) -> int | tuple[int, int] | None:
-    pair = workers if isinstance(workers, tuple) else (workers, workers)
-    if workers is None:
-        return None
-    if len(pair) != 2 or not all(isinstance(n, int) and not isinstance(n, bool) for n in pair):
-        raise ArgumentError(f"workers={shown(workers)}: need a number, (fewest, most) or None.")
-    if not 1 <= pair[0] <= pair[1]:
-        raise ConfigError(f"workers={workers!r}: need 1 or more, the fewest before the most.")
-    return workers
-
-
-def _check_fit(
-    epochs: Any,
-    seed: Any,
-    validate_every: Any,
-    validate_every_steps: Any,
-    max_failures: Any,
-    hang_timeout_s: Any,
-    callbacks: Sequence[Any],
-) -> None:
-    """Refuse what no data and no engine could make right; all faults in one text."""
-    strange = [one for one in callbacks if not isinstance(one, Callback)]
-    if strange:
-        raise ArgumentError(
-            f"callbacks holds {shown(strange[0])}; need objects of bigdl.orca.learn.callbacks."
-        )
-    least = {
-        "epochs": (epochs, 1),
-        "validate_every": (validate_every, 1),
-        "validate_every_steps": (validate_every_steps, 1),
-        "max_failures": (max_failures, 0),
-        "seed": (seed, 0),
-    }
-    wrong = [
-        f"{name}={value!r} (need a whole number >= {low})"
-        for name, (value, low) in least.items()
-        if not (name == "validate_every_steps" and value is None)
-        and (isinstance(value, bool) or not isinstance(value, int) or value < low)
-    ]
-    if hang_timeout_s not in ("auto", None) and not (
-        isinstance(hang_timeout_s, (int, float)) and hang_timeout_s > 0
-    ):
-        wrong.append(f'hang_timeout_s={hang_timeout_s!r} (need "auto", seconds > 0, or None)')
-    if wrong:
-        raise ConfigError("fit() cannot be called so: " + ", ".join(wrong) + ".")
-    if max_failures and not any(isinstance(one, ModelCheckpoint) for one in callbacks):
-        raise ConfigError(
-            f"fit(max_failures={max_failures}) needs a ModelCheckpoint among the callbacks, to "
-            "go on from when a worker was lost."
-        )
-
-
-def known_config(config: Mapping[str, Any] | None) -> dict[str, Any]:
-    """The user's config as a dict of our own.
-
-    Raises:
-        ArgumentError: It is no mapping.
-    """
-    if config is None:
-        return {}
-    if not hasattr(config, "items"):
-        raise ArgumentError(f"config has to be a dict, not {shown(config)}.")
-    return dict(config)
