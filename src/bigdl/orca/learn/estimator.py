@@ -5,8 +5,9 @@ A face (``bigdl.orca.learn.pytorch``, …) makes the program and puts its words 
 
 from __future__ import annotations
 
+from copy import copy
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 from bigdl._base.errors import NotReadyError
 from bigdl.orca.context import current_engine
@@ -47,6 +48,8 @@ class BaseEstimator:
         self._state: State | None = None
         self._cursor = Cursor()
         self._is_shut = False
+        #: Workers that predict at the same time; None = as many as there are slots.
+        self._at_once: int | None = None
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}(epoch={self.epoch}, step={self.step})"
@@ -247,20 +250,36 @@ class BaseEstimator:
         *,
         feature_cols: str | Sequence[str] | None = None,
         output_cols: str | Sequence[str] = "prediction",
+        accelerator: str | None = None,
         precision: Literal["fp32", "bf16"] = "fp32",
         fill: Any = None,
         transform: Callable[[Any], Any] | None = None,
     ) -> Any:
         """Outputs for every row, in the caller's kind of data and order.
 
+        Args:
+            data: Features, of any kind that ``fit`` takes.
+            batch_size: Most rows in a call of the model; None = 32.
+            feature_cols: Columns of a table, in the order of the model's inputs.
+            output_cols: Of the column, or columns, that tables get.
+            accelerator: One of Nano's: "compile", "onnxruntime", "openvino", …; None = the
+                framework itself.
+            precision: "bf16" is for the arithmetic only.
+            fill: In place of nulls in tables.
+            transform: From the features of one batch to those that the model gets.
+
         Returns:
             NumPy arrays in the outputs' structure for arrays and loaders; for tables the
             caller's rows and columns, then ``output_cols``.
 
         Raises:
+            ConfigError: A value is not allowed, or the accelerator cannot run this model.
             DataError: The data cannot be used as asked.
         """
         engine = self._engine()
+        options = Options(precision=precision, accelerator=accelerator)
+        if accelerator is not None:
+            self._program.check_accelerator()
         request = Request(
             call="predict",
             feature_cols=feature_cols,
@@ -275,8 +294,9 @@ class BaseEstimator:
             adapt(data, request),
             size=batch_size or DEFAULT_BATCH_SIZE,
             names=output_cols,
-            options=Options(precision=precision),
+            options=options,
             state=self._present(),
+            workers=self._at_once,
         )
 
     # --- checkpoints ---
@@ -316,6 +336,12 @@ class BaseEstimator:
         self._state = None
 
     # --- inside ---
+
+    def _predicting(self, workers: int | None) -> Self:
+        """The same estimator as it is now, of which so many workers predict at a time."""
+        view = copy(self)
+        view._at_once = workers
+        return view
 
     def _present(self) -> State | None:
         """The state to go on from: the caller's own objects say what they hold."""

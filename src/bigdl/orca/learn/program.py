@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias, get_args, runtime_checkable
 
 from bigdl._base.errors import ConfigError
+from bigdl._base.registry import nearest
+from bigdl.nano.accelerators import ACCELERATORS
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -66,6 +68,7 @@ class Options:
         sync: Whether each worker has the whole optimizer, or its slice of it.
         compress: "bf16" rounds gradients where they travel between hosts.
         max_steps: Updates after which ``train`` returns; None = as the epochs have.
+        accelerator: Of Nano's, through which the model predicts; None = the framework itself.
 
     Raises:
         ConfigError: A value is not allowed; the text names all that are not.
@@ -78,6 +81,7 @@ class Options:
     sync: Sync = "allreduce"
     compress: Compress = None
     max_steps: int | None = None
+    accelerator: str | None = None
 
     def __post_init__(self) -> None:
         wrong = []
@@ -95,8 +99,11 @@ class Options:
             wrong.append(f'sync={self.sync!r} (need "allreduce" or "sharded")')
         if self.compress not in (None, "bf16"):
             wrong.append(f'compress={self.compress!r} (need None or "bf16")')
+        if self.accelerator is not None and self.accelerator not in ACCELERATORS:
+            wrong.append(f"accelerator={self.accelerator!r} (have {', '.join(ACCELERATORS)})")
         if wrong:
-            raise ConfigError("Training cannot be done so: " + ", ".join(wrong) + ".")
+            near = nearest(str(self.accelerator), list(ACCELERATORS)) if self.accelerator else ""
+            raise ConfigError("This cannot be done so: " + ", ".join(wrong) + f".{near}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -235,6 +242,13 @@ class Program(Protocol):
         Raises:
             NotReadyError: There is no optimizer or no loss.
             ConfigError: It trains in a way that workers cannot do together.
+        """
+
+    def check_accelerator(self) -> None:
+        """Refuse, in the caller's process, a model that no accelerator can stand for.
+
+        Raises:
+            ConfigError: Its predictions are made by more than its one call.
         """
 
     def build(self, ctx: ReplicaContext) -> Replica:

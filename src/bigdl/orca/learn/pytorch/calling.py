@@ -17,7 +17,16 @@ from bigdl._base.errors import DataError
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-__all__ = ["caller", "evaluating", "positions", "precision", "split", "to_arrays", "to_tensors"]
+__all__ = [
+    "arguments",
+    "caller",
+    "evaluating",
+    "positions",
+    "precision",
+    "split",
+    "to_arrays",
+    "to_tensors",
+]
 
 
 def to_tensors(data: trees.Tree) -> trees.Tree:
@@ -71,10 +80,11 @@ def split(data: trees.Tree) -> tuple[Any, Any]:
     )
 
 
-def caller(model: torch.nn.Module) -> Callable[[Any], Any]:
-    """Calls ``model`` with features: a tuple by position, a dict by keyword, else one input.
+def arguments(model: torch.nn.Module) -> Callable[[Any], tuple[tuple[Any, ...], dict[str, Any]]]:
+    """What ``model`` is called with for some features: by position, and by keyword.
 
-    A dict is one input if ``forward`` lacks any of its names.
+    A tuple goes by position, a dict by keyword, else there is one input. A dict is one input if
+    ``forward`` lacks any of its names.
     """
     parameters = inspect.signature(model.forward).parameters
     takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
@@ -84,12 +94,23 @@ def caller(model: torch.nn.Module) -> Callable[[Any], Any]:
         if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)
     }
 
-    def call(features: Any) -> Any:
+    def bind(features: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
         if isinstance(features, Mapping) and (takes_any or set(features) <= names):
-            return model(**features)
+            return (), dict(features)
         if isinstance(features, (tuple, list)):
-            return model(*features)
-        return model(features)
+            return tuple(features), {}
+        return (features,), {}
+
+    return bind
+
+
+def caller(model: torch.nn.Module) -> Callable[[Any], Any]:
+    """Calls ``model`` with features; see ``arguments``."""
+    bind = arguments(model)
+
+    def call(features: Any) -> Any:
+        positional, by_name = bind(features)
+        return model(*positional, **by_name)
 
     return call
 

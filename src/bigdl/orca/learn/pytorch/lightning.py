@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from bigdl.orca.learn.pytorch.metrics import Share
     from bigdl.orca.learn.pytorch.schedules import Schedule
 
-__all__ = ["LightningWork", "check_training", "is_lightning", "package_of"]
+__all__ = ["LightningWork", "check_accelerator", "check_training", "is_lightning", "package_of"]
 
 _PACKAGES = ("pytorch_lightning", "lightning")
 _STEPS = ("training_step", "validation_step", "test_step", "predict_step")
@@ -75,6 +75,19 @@ def package_of(model: Any) -> str:
             top = kind.__module__.split(".")[0]
             return "lightning.pytorch" if top == "lightning" else top
     raise AssertionError(f"{type(model).__name__} is no LightningModule")
+
+
+def check_accelerator(model: Any) -> None:
+    """Refuse a model whose own ``predict_step`` an accelerator would leave out.
+
+    Raises:
+        ConfigError: It has one.
+    """
+    if is_lightning(model) and _is_own(model, "predict_step"):
+        raise ConfigError(
+            f"{type(model).__name__} predicts by its own predict_step(), which an accelerator "
+            "does not run: leave accelerator= away, or predict by forward()."
+        )
 
 
 def check_training(model: Any) -> None:

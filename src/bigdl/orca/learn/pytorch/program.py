@@ -12,6 +12,7 @@ from bigdl._base.calls import shown
 from bigdl._base.errors import ArgumentError, ConfigError, NotReadyError
 from bigdl.orca.learn.pytorch.lightning import (
     LightningWork,
+    check_accelerator,
     check_training,
     is_lightning,
     package_of,
@@ -117,6 +118,10 @@ class TorchProgram:
                 f"Training needs {' and '.join(lacking)}: give "
                 f"{' and '.join(f'{name}=' for name in lacking)} where the model is given."
             )
+
+    def check_accelerator(self) -> None:
+        """Refuse a model that no accelerator can stand for."""
+        check_accelerator(self.model)
 
     @property
     def codec(self) -> Codec:

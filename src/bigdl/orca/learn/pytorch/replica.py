@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from bigdl._base.sync import Outcome
     from bigdl._base.trees import Tree
     from bigdl.orca.data.contract import Batch
+    from bigdl.orca.learn.pytorch.accelerated import Accelerated
     from bigdl.orca.learn.pytorch.metrics import Tally
     from bigdl.orca.learn.pytorch.schedules import Schedule
     from bigdl.orca.learn.pytorch.work import Work
@@ -64,6 +65,7 @@ class TorchReplica:
         self._streams = Streams(ctx.seed, ctx.rank)
         self._gradients: Gradients | None = None
         self._run: _Run | None = None
+        self._accelerated: Accelerated | None = None
 
     # --- training ---
 
@@ -125,6 +127,13 @@ class TorchReplica:
 
     def predict(self, features: Tree) -> Tree:
         """Outputs for one batch, as NumPy arrays; see ``Replica.predict``."""
+        options = self._ctx.options
+        if options.accelerator is not None:
+            if self._accelerated is None:
+                from bigdl.orca.learn.pytorch.accelerated import Accelerated
+
+                self._accelerated = Accelerated(self.model, options.accelerator, options.precision)
+            return calling.to_arrays(self._accelerated(features))
         with calling.evaluating(self.model):
             return calling.to_arrays(self.work.predict(features))
 
