@@ -147,7 +147,6 @@ class BaseEstimator:
             shuffle=shuffle,
             config=getattr(self._program, "config", None),
         )
-        workers = self._number(engine)
         job = Job(
             program=self._program,
             data=adapt(data, request),
@@ -180,7 +179,7 @@ class BaseEstimator:
             fitted = fit(
                 engine,
                 job,
-                workers=workers,
+                workers=lambda: self._number(engine),
                 max_failures=max_failures,
                 hang_timeout_s=hang_timeout_s,
                 on_event=progress.heard,

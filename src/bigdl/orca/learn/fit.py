@@ -19,6 +19,7 @@ from bigdl.orca.engines.base import GangSetup
 from bigdl.orca.learn import checkpoint
 from bigdl.orca.learn.callbacks import Callback, ModelCheckpoint, TrainingState
 from bigdl.orca.learn.program import Cursor, Hooks, Options, ReplicaContext
+from bigdl.orca.learn.watch import Watch
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
@@ -34,9 +35,6 @@ logger = logging.getLogger(__name__)
 
 #: A worker tells of its steps at most so often.
 _TELL_S = 0.2
-#: A worker is taken for hung when it tells nothing for so long: in its first step, and later at
-#: the least, or so many times its longest step.
-_FIRST_S, _LEAST_S, _TIMES = 600.0, 60.0, 10.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,7 +104,7 @@ def fit(
     engine: Engine,
     job: Job,
     *,
-    workers: int,
+    workers: int | Callable[[], int],
     cores: int | None = None,
     max_failures: int = 0,
     hang_timeout_s: float | str | None = "auto",
@@ -117,7 +115,7 @@ def fit(
     Args:
         engine: Where.
         job: What.
-        workers: How many.
+        workers: How many; a function is asked at each start.
         cores: Slots a worker.
         max_failures: How many times a lost worker starts the gang again.
         hang_timeout_s: Seconds without a step after which a worker is taken for hung; "auto" =
@@ -130,7 +128,7 @@ def fit(
         Exception: What the user's code raised in a worker.
     """
     job = replace(job, restarts=max_failures > 0)
-    watch = _Watch(job, hang_timeout_s, on_event)
+    watch = Watch(job, hang_timeout_s, on_event)
     failures = 0
     while True:
         setup = GangSetup(
@@ -139,8 +137,9 @@ def fit(
             silence_s=None if hang_timeout_s is None else watch.silence_s,
         )
         try:
+            many = workers() if callable(workers) else workers
             results = engine.gang(
-                partial(_train, job=job), workers, on_event=watch.heard, setup=setup
+                partial(_train, job=job), many, on_event=watch.heard, setup=setup
             )
         except WorkerLostError as exc:
             failures += 1
@@ -170,73 +169,6 @@ def evaluate(
     job = Job(program=program, data=data, options=options, size=size, state=state, trains=False)
     found: dict[str, Any] = engine.gang(partial(_evaluate, job=job), workers, setup=setup)[0]
     return found
-
-
-class _Watch:
-    """The caller's ear: what the workers tell, and what that means for a new start."""
-
-    def __init__(
-        self,
-        job: Job,
-        hang_timeout_s: float | str | None,
-        on_event: Callable[[int, Any], None] | None,
-    ) -> None:
-        self._job, self._limit, self._on_event = job, hang_timeout_s, on_event
-        self._path: str | None = None
-        self._had: Any = None
-        self._rows: list[dict[str, Any]] = []
-        self._last: dict[int, float] = {}
-        self._longest = 0.0
-        #: Records of the epochs that are not trained again.
-        self.earlier: list[dict[str, Any]] = []
-
-    @property
-    def place(self) -> str:
-        """Where a new start would go on, in words."""
-        return self._path or "where this call began"
-
-    def heard(self, rank: int, event: Any) -> None:
-        now = time.monotonic()
-        if event[0] == "step":
-            if rank in self._last:
-                self._longest = max(self._longest, now - self._last[rank])
-            self._last[rank] = now
-        elif event[0] == "epoch":
-            self._rows.append(event[1])
-        elif event[0] == "checkpoint":
-            _, self._path, self._had = event
-        if self._on_event is not None:
-            self._on_event(rank, event)
-
-    def silence_s(self) -> float:
-        """How long a worker may tell nothing."""
-        if isinstance(self._limit, (int, float)):
-            return float(self._limit)
-        return max(_LEAST_S, _TIMES * self._longest) if self._last else _FIRST_S
-
-    def again(self, job: Job) -> Job:
-        """The rest of the job, from the last checkpoint of this call or from its start."""
-        rows, self._rows = self._rows, []
-        self._last.clear()
-        if self._path is None:
-            return replace(self._job, run=job.run)
-        saved = checkpoint.read(self._path, job.program.codec)
-        done = saved.cursor.epoch - self._job.start.epoch
-        self.earlier = [
-            row for row in (*self.earlier, *rows) if row["epoch"] <= saved.cursor.epoch
-        ]
-        steps = job.options.max_steps
-        if self._job.options.max_steps is not None:
-            used = saved.cursor.step - self._job.start.step
-            steps = self._job.options.max_steps - used
-        return replace(
-            job,
-            state=saved.state,
-            start=saved.cursor,
-            epochs=self._job.epochs - done,
-            had=self._had if saved.cursor.row else None,
-            options=replace(job.options, max_steps=steps),
-        )
 
 
 # --- in a worker --------------------------------------------------------------------------------

@@ -56,7 +56,8 @@ class Predictor:
             source = _saved(os.fspath(source))
         if not isinstance(source, BaseEstimator):
             raise ArgumentError(
-                f"Predictor takes an estimator or the folder of a saved model, not {shown(source)}."
+                "Predictor takes an estimator or the folder of a saved model, not "
+                f"{shown(source)}."
             )
         self._estimator, self._workers = source, workers
         self._accelerator, self._precision = accelerator, precision
