@@ -44,6 +44,7 @@ FOREIGN = {
         "orca/learn/pytorch/*",
         "orca/data/adapters/*loader*.py",
         "testing/accelerator.py",
+        "testing/program.py",
     ),
     "torchvision": ("nano/pytorch/vision/*",),
     "PIL": ("nano/pytorch/vision/*",),
