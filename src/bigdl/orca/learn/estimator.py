@@ -9,31 +9,29 @@ from copy import copy
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal, Self
 
-from bigdl._base.errors import NotReadyError
 from bigdl.orca.context import current_engine
 from bigdl.orca.data.adapters import adapt
 from bigdl.orca.data.contract import DEFAULT_BATCH_SIZE, Request
-from bigdl.orca.learn import checkpoint
 from bigdl.orca.learn.callbacks import Progress
 from bigdl.orca.learn.checks import check_fit, checked_workers
 from bigdl.orca.learn.fit import Fitted, Job, evaluate, fit
+from bigdl.orca.learn.kept import Kept
 from bigdl.orca.learn.predict import predict
-from bigdl.orca.learn.program import Cursor, Options
+from bigdl.orca.learn.program import Options
 from bigdl.orca.learn.progress import ProgressLine
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
-    from os import PathLike
 
     from bigdl.orca.data.contract import Sharded
     from bigdl.orca.engines.base import Engine
     from bigdl.orca.learn.callbacks import Callback
-    from bigdl.orca.learn.program import Program, State
+    from bigdl.orca.learn.program import Program
 
 __all__ = ["BaseEstimator"]
 
 
-class BaseEstimator:
+class BaseEstimator(Kept):
     """A program, and how far its training is.
 
     Args:
@@ -43,26 +41,13 @@ class BaseEstimator:
     """
 
     def __init__(self, program: Program, workers: int | tuple[int, int] | None = None) -> None:
-        self._program = program
+        super().__init__(program)
         self._workers = checked_workers(workers)
-        self._state: State | None = None
-        self._cursor = Cursor()
-        self._is_shut = False
         #: Workers that predict at the same time; None = as many as there are slots.
         self._at_once: int | None = None
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}(epoch={self.epoch}, step={self.step})"
-
-    @property
-    def epoch(self) -> int:
-        """Whole epochs trained."""
-        return self._cursor.epoch
-
-    @property
-    def step(self) -> int:
-        """Updates made."""
-        return self._cursor.step
 
     # --- fit ---
 
@@ -298,42 +283,6 @@ class BaseEstimator:
             workers=self._at_once,
         )
 
-    # --- checkpoints ---
-
-    def save_checkpoint(self, path: str | PathLike[str]) -> str:
-        """Write all that training needs to go on, to a folder on any fsspec path.
-
-        Raises:
-            NotReadyError: Nothing was trained yet.
-        """
-        self._open()
-        state = self._present()
-        if state is None:
-            raise NotReadyError("There is nothing to checkpoint yet: call fit() first.")
-        saved = checkpoint.Checkpoint(state=state, cursor=self._cursor, seed=None)
-        return checkpoint.write(path, saved, self._program.codec)
-
-    def load_checkpoint(self, path: str | PathLike[str]) -> None:
-        """Take a checkpoint, or the latest of a folder of them, into the model at once.
-
-        Raises:
-            FileNotFoundError: There is none.
-            StoredModelError: It is damaged, or of another model; nothing has changed.
-        """
-        self._open()
-        codec = self._program.codec
-        try:
-            saved = checkpoint.read(path, codec)
-        except FileNotFoundError:
-            saved = checkpoint.read(checkpoint.latest(path, codec), codec)
-        self._program.take(saved.state)
-        self._state, self._cursor = saved.state, saved.cursor
-
-    def shutdown(self) -> None:
-        """Let go of what was trained here; later calls are errors. The caller's model stays."""
-        self._is_shut = True
-        self._state = None
-
     # --- inside ---
 
     def _predicting(self, workers: int | None) -> Self:
@@ -341,14 +290,6 @@ class BaseEstimator:
         view = copy(self)
         view._at_once = workers
         return view
-
-    def _present(self) -> State | None:
-        """The state to go on from: the caller's own objects say what they hold."""
-        return None if self._state is None else self._program.refreshed(self._state)
-
-    def _open(self) -> None:
-        if self._is_shut:
-            raise NotReadyError("This estimator was shut down; make another.")
 
     def _engine(self) -> Engine:
         self._open()
