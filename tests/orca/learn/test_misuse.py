@@ -139,7 +139,7 @@ AT_ONCE = {
         "precision='int8'",
     ),
     "predict's accelerator": (
-        lambda: make().predict(table()[0], accelerator="onnx"),
+        lambda: make().predict(table()[0], accelerator="onnxruntim"),
         ConfigError,
         "Did you mean 'onnxruntime'",
     ),
