@@ -186,6 +186,11 @@ class Asking(Small):
         return torch.optim.SGD(self.parameters(), lr=1 / self.trainer.estimated_stepping_batches)
 
 
+class OwnPrediction(Small):
+    def predict_step(self, batch):
+        return self(batch) + 1
+
+
 def two(module):
     return [sgd(module), sgd(module)]
 
@@ -252,6 +257,11 @@ MISUSE = {
         "'median'",
     ),
     "a loss's kind": (lambda: trained_here(Small(sgd, text)), ConfigError, "gave 'loss'"),
+    "an accelerator": (
+        lambda: Estimator.from_torch(OwnPrediction(sgd)).predict(X01, accelerator="openvino"),
+        ConfigError,
+        r"predict_step\(\)",
+    ),
     "no scores": (
         lambda: Estimator.from_torch(Small(sgd)).evaluate((X01, Y0)),
         NotReadyError,
