@@ -44,6 +44,7 @@ FOREIGN = {
         "orca/learn/pytorch/*",
         "orca/data/adapters/*loader*.py",
         "testing/accelerator.py",
+        "testing/program.py",
     ),
     "torchvision": ("nano/pytorch/vision/*",),
     "PIL": ("nano/pytorch/vision/*",),
@@ -73,6 +74,8 @@ FOREIGN = {
         "orca/data/adapters/parquet.py",
         "orca/data/adapters/__init__.py",  # the line to install
     ),
+    "tensorboard": ("orca/learn/callbacks/tensorboard.py",),
+    "mlflow": ("orca/learn/callbacks/mlflow.py",),
     "pytest": ("testing/*",),
     "typer": ("nano/cli.py",),
     "rich": ("nano/cli.py", "nano/accelerators/openvino.py"),  # NNCF's progress bars are rich's

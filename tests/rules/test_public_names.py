@@ -32,6 +32,17 @@ PUBLIC = {
     ],
     "bigdl.nano": [],
     "bigdl.nano.pytorch": ["Guard", "InferenceOptimizer", "Plan", "Trainer"],
+    "bigdl.orca.learn": ["Predictor"],
+    "bigdl.orca.learn.callbacks": [
+        "Callback",
+        "EarlyStopping",
+        "LearningRateMonitor",
+        "MLflow",
+        "ModelCheckpoint",
+        "Progress",
+        "TensorBoard",
+        "TrainingState",
+    ],
     "bigdl.orca": ["OrcaContext", "init_orca_context", "stop_orca_context"],
 }
 # Those whose import needs an extra: checked where it is installed.

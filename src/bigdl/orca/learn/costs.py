@@ -2,7 +2,7 @@
 
 NumPy only; measures nothing itself. The usual model of data-parallel training: each
 worker's compute is a fixed part and a part for each row it has, and the sum of gradients costs
-α seconds and β seconds a byte (R. W. Hockney, "The communication challenge for MPP", Parallel
+a fixed time and a time for each byte (R. W. Hockney, "The communication challenge for MPP", Parallel
 Computing 20, 1994). A step is as long as both together, since they do not overlap here.
 """
 

@@ -29,7 +29,7 @@ from bigdl.orca.learn.program import Cursor, Hooks
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
 
-    from bigdl.orca.data.contract import Batch, Sharded
+    from bigdl.orca.data.contract import Batch
     from bigdl.orca.engines.base import Engine
     from bigdl.orca.engines.worker import WorkerContext
     from bigdl.orca.learn.fit import Job
@@ -137,7 +137,7 @@ class Explanation:
                 row.place,
                 f"{row.step_ms:,.3g}" if row.step_ms < 100 else f"{row.step_ms:,.0f}",
                 f"{row.rows_per_s:,.0f}",
-                f"{row.speedup:.2f}×",
+                f"{row.speedup:.2f}×",  # noqa: RUF001  (it is a multiplication)
                 row.how,
             )
             for row in self.rows

@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias, get_args, runtime_checkable
 
 from bigdl._base.errors import ConfigError
+from bigdl._base.registry import nearest
+from bigdl.nano.accelerators import ACCELERATORS
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -66,6 +68,7 @@ class Options:
         sync: Whether each worker has the whole optimizer, or its slice of it.
         compress: "bf16" rounds gradients where they travel between hosts.
         max_steps: Updates after which ``train`` returns; None = as the epochs have.
+        accelerator: Of Nano's, through which the model predicts; None = the framework itself.
 
     Raises:
         ConfigError: A value is not allowed; the text names all that are not.
@@ -78,6 +81,7 @@ class Options:
     sync: Sync = "allreduce"
     compress: Compress = None
     max_steps: int | None = None
+    accelerator: str | None = None
 
     def __post_init__(self) -> None:
         wrong = []
@@ -95,8 +99,11 @@ class Options:
             wrong.append(f'sync={self.sync!r} (need "allreduce" or "sharded")')
         if self.compress not in (None, "bf16"):
             wrong.append(f'compress={self.compress!r} (need None or "bf16")')
+        if self.accelerator is not None and self.accelerator not in ACCELERATORS:
+            wrong.append(f"accelerator={self.accelerator!r} (have {', '.join(ACCELERATORS)})")
         if wrong:
-            raise ConfigError("Training cannot be done so: " + ", ".join(wrong) + ".")
+            near = nearest(str(self.accelerator), list(ACCELERATORS)) if self.accelerator else ""
+            raise ConfigError("This cannot be done so: " + ", ".join(wrong) + f".{near}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,11 +114,13 @@ class ReplicaContext:
         collective: The connection to the other workers.
         options: How to train.
         seed: Of the random streams: of weights (the same on all workers), and of each rank.
+        trains: Whether ``train`` will be called; without, nothing that only it needs is made.
     """
 
     collective: Collective
     options: Options = field(default_factory=Options)
     seed: int = 0
+    trains: bool = True
 
     @property
     def rank(self) -> int:
@@ -146,6 +155,10 @@ class Hooks:
     def batches(self, cursor: Cursor) -> Iterable[Batch]:
         """This rank's parts of the global batches of an epoch, from the cursor on."""
         return ()
+
+    def had(self) -> Any:
+        """What ``Replica.part`` gave of the first epoch, if it goes on with; None = nothing."""
+        return None
 
     def on_epoch_start(self, replica: Replica, cursor: Cursor) -> None:
         """An epoch, or the rest of one, begins."""
@@ -198,6 +211,14 @@ class Replica(Protocol):
     def state(self) -> State:
         """All that a checkpoint of this moment needs; the same on all workers."""
 
+    def part(self) -> Any:
+        """What the record of the present epoch is made of so far, metrics too; picklable.
+
+        The same on all workers, which all call it. An epoch that is broken off here, and gone on
+        with by any number of workers that have it from ``Hooks.had``, ends with a record of all
+        its rows.
+        """
+
     def load(self, state: State) -> None:
         """Go on from a ``state``, of any number of workers.
 
@@ -221,6 +242,21 @@ class Program(Protocol):
 
     @property
     def codec(self) -> Codec: ...
+
+    def check_training(self) -> None:
+        """Refuse, in the caller's process, what ``Replica.train`` would refuse.
+
+        Raises:
+            NotReadyError: There is no optimizer or no loss.
+            ConfigError: It trains in a way that workers cannot do together.
+        """
+
+    def check_accelerator(self) -> None:
+        """Refuse, in the caller's process, a model that no accelerator can stand for.
+
+        Raises:
+            ConfigError: Its predictions are made by more than its one call.
+        """
 
     def build(self, ctx: ReplicaContext) -> Replica:
         """Make this worker's replica; all workers do it at the same time.

@@ -1,4 +1,4 @@
-"""One live line on stderr while workers train; nothing where stderr is no terminal."""
+"""One live line on stderr while workers train; where stderr is no terminal, lines if asked for."""
 
 from __future__ import annotations
 
@@ -6,25 +6,29 @@ import sys
 import time
 from typing import Any
 
-__all__ = ["Progress"]
+__all__ = ["ProgressLine"]
 
 
-class Progress:
+class ProgressLine:
     """Epoch, rows, rows a second and loss, as rank 0 tells of them.
 
     Args:
         epochs: Epochs to come.
         first: Number of the first one.
         rows: Rows of an epoch, if that is known.
+        is_asked: Whether each epoch's record is a line where stderr is no terminal too.
     """
 
-    def __init__(self, *, epochs: int, first: int, rows: int | None) -> None:
+    def __init__(
+        self, *, epochs: int, first: int, rows: int | None, is_asked: bool = False
+    ) -> None:
         self._last, self._rows = first + epochs - 1, rows
         self._stream = sys.stderr
         self._is_live = bool(self._stream is not None and self._stream.isatty())
+        self._is_asked = is_asked and self._stream is not None
         self._since, self._epoch, self._before = time.monotonic(), 0, 0
 
-    def __enter__(self) -> Progress:
+    def __enter__(self) -> ProgressLine:
         return self
 
     def __exit__(self, *exc: object) -> None:
@@ -32,9 +36,9 @@ class Progress:
 
     def heard(self, rank: int, event: Any) -> None:
         """What a worker told."""
-        if rank or not self._is_live:
+        if rank or not (self._is_live or self._is_asked):
             return
-        if event[0] == "step":
+        if event[0] == "step" and self._is_live:
             _, epoch, step, row, loss = event
             if epoch != self._epoch:
                 self._since, self._epoch, self._before = time.monotonic(), epoch, row
@@ -52,10 +56,11 @@ class Progress:
             self._show(values, end="\n")
 
     def _show(self, text: str, end: str = "") -> None:
-        if not self._is_live:
+        if not self._is_live and not (self._is_asked and end):
             return
+        back = "\r\x1b[K" if self._is_live else ""
         try:
-            self._stream.write(f"\r\x1b[K{text}{end}")
+            self._stream.write(f"{back}{text}{end}")
             self._stream.flush()
         except (OSError, ValueError):  # closed by its reader; progress is not worth an error
-            self._is_live = False
+            self._is_live = self._is_asked = False
