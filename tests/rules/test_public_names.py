@@ -30,8 +30,8 @@ PUBLIC = {
         "WorkerError",
         "WorkerLostError",
     ],
-    "bigdl.nano": [],
-    "bigdl.nano.pytorch": ["Guard", "InferenceOptimizer", "Plan", "Trainer"],
+    "bigdl.nano": ["Pipeline"],
+    "bigdl.nano.pytorch": ["Guard", "InferenceOptimizer", "Pipeline", "Plan", "Trainer"],
     "bigdl.orca": ["OrcaContext", "init_orca_context", "stop_orca_context"],
 }
 # Those whose import needs an extra: checked where it is installed.
