@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import pickle
 import weakref
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
@@ -10,6 +12,7 @@ from bigdl._base.calls import shown
 from bigdl._base.environment import ProcessSettings, find_allocator
 from bigdl._base.errors import ArgumentError, ConfigError
 from bigdl._base.registry import nearest
+from bigdl._base.workers import dumps
 from bigdl.nano.cores import check_count, near_cores
 from bigdl.nano.pipeline.stages import Stage, Stages
 
@@ -59,7 +62,7 @@ class Pipeline:
         placed = _placed([(name, count, cores) for name, _, count, cores in read])
         self._stages = Stages(
             [
-                Stage(name=f"stage {name!r}", open_for=_Opening(fn), settings=settings)
+                Stage(name=f"stage {name!r}", open_for=_Opening(name, fn), settings=settings)
                 for (name, fn, _, _), settings in zip(read, placed, strict=True)
             ],
             whole="Pipeline",
@@ -104,14 +107,19 @@ class Pipeline:
 
 
 class _Opening:
-    """A function that needs nothing to be opened."""
+    """A function as it was when the pipeline was made; it needs nothing to be opened."""
 
-    def __init__(self, fn: Callable[[Any], Any]) -> None:
-        self._fn = fn
+    def __init__(self, name: str, fn: Callable[[Any], Any]) -> None:
+        try:
+            self._content = dumps(fn)
+        except Exception as exc:
+            raise ArgumentError(
+                f"The function of stage {name!r} cannot be sent to a worker process: {exc}. "
+                "What cannot be pickled can be made inside it, at its first call."
+            ) from exc
 
     def __call__(self, workers: Workers) -> Callable[[], Callable[[Any], Any]]:
-        fn = self._fn
-        return lambda: fn
+        return functools.partial(pickle.loads, self._content)
 
 
 # --- what the user wrote ----------------------------------------------------------------------

@@ -118,31 +118,52 @@ class Stages:
         """
         if self._runner == threading.get_ident():
             raise ContextError(f"This {self._whole} is running already: its inputs come from it.")
-        with self._turn:
+        try:
+            with self._turn:
+                self._check_open()
+                self._runner = threading.get_ident()
+                try:
+                    return self._made_of(inputs)
+                finally:
+                    self._runner = None
+        finally:
             if self._is_closed:
-                raise NotReadyError(f"This {self._whole} was closed; make it again.")
-            self._runner = threading.get_ident()
-            try:
-                self._fill()
-                self._run += 1
-                return list(self._outputs(iter(inputs)))
-            except Exception:
-                raise
-            except BaseException:  # Ctrl-C: who knows what was cut in two
-                self._dismiss()
-                raise
-            finally:
-                self._runner = None
+                self._end()
+
+    def _made_of(self, inputs: Iterable[Any]) -> list[Any]:
+        try:
+            self._fill()
+            self._run += 1
+            return list(self._outputs(iter(inputs)))
+        except Exception:
+            raise
+        except BaseException:  # Ctrl-C: who knows what was cut in two
+            self._dismiss()
+            raise
 
     def close(self) -> None:
-        """End the workers; calling it twice is harmless."""
-        if self._owner != os.getpid() or self._is_closed:  # a fork's copy is not ours to end
-            return
-        self._is_closed = True
-        self._dismiss()
-        if self._workers is not None:
-            self._workers.close()
-        self._selector.close()
+        """End the workers; calling it twice is harmless.
+
+        A call under way, in another thread or around this one, ends with a ``NotReadyError``.
+        """
+        if self._owner == os.getpid():  # a fork's copy is not ours to end
+            self._is_closed = True
+            self._end()
+
+    def _check_open(self) -> None:
+        if self._is_closed:
+            raise NotReadyError(f"This {self._whole} was closed; make it again.")
+
+    def _end(self) -> None:
+        """Give everything back, unless a call is under way: it will do that then."""
+        if self._turn.acquire(blocking=False):
+            try:
+                self._dismiss()
+                if self._workers is not None:
+                    self._workers.close()
+                self._selector.close()
+            finally:
+                self._turn.release()
 
     # --- workers ---
 
@@ -159,11 +180,20 @@ class Stages:
                 self._workers.close()
             self._workers = Workers(preload=self._preload, env=self._env)
             self._opened = [stage.open_for(self._workers) for stage in self._stages]
+        while not self._is_full():
+            self._start_missing(self._workers)
+            for _ in self._answers(None, is_run=False):
+                pass
+
+    def _is_full(self) -> bool:
+        return all(seat is not None and seat.facts for seats in self._seats for seat in seats)
+
+    def _start_missing(self, workers: Workers) -> None:
         for stage, opened, seats in zip(self._stages, self._opened, self._seats, strict=True):
             for rank, settings in enumerate(stage.settings):
                 if seats[rank] is None:
                     seats[rank] = Seat(
-                        self._workers,
+                        workers,
                         stage.worker(rank),
                         rank,
                         settings,
@@ -171,9 +201,6 @@ class Stages:
                         stage.fds,
                         self._selector,
                     )
-        while not all(seat.facts for seat in self._all()):
-            for _ in self._answers(None):
-                pass
 
     def _all(self) -> list[Seat]:
         return [seat for seats in self._seats for seat in seats if seat is not None]
@@ -185,9 +212,18 @@ class Stages:
                     seats[rank] = None
                     seat.close()
 
-    def _answers(self, wait_s: float | None) -> Iterator[tuple[Seat, Message]]:
-        """What workers have answered; waits for the first, ``wait_s`` or until there is one."""
+    def _answers(
+        self, wait_s: float | None, *, is_run: bool = True
+    ) -> Iterator[tuple[Seat, Message]]:
+        """What workers have answered; waits for the first, ``wait_s`` or until there is one.
+
+        Raises:
+            WorkerLostError: A worker died; one that had been in service before matters only
+                while values are under way.
+        """
+        self._check_open()
         ready = self._selector.select(_LOOK_S if wait_s is None else wait_s)
+        lost = []
         for key, events in ready:
             seat: Seat = key.data
             if events & selectors.EVENT_WRITE:
@@ -197,22 +233,25 @@ class Stages:
                     while (message := seat.receive()) is not None:
                         yield seat, message
                 except EOFError:
-                    self._lose(seat)
+                    lost.append(seat)
         if not ready and wait_s is None:
-            for seat in self._all():
-                if seat.is_lost():
-                    self._lose(seat)
+            lost = [seat for seat in self._all() if seat.is_lost()]
+        for seat in lost:
+            self._lose(seat, is_news=is_run or seat.facts is None)
 
-    def _lose(self, lost: Seat) -> None:
-        """Raise the error that says why a worker is gone, and free its place."""
+    def _lose(self, lost: Seat, *, is_news: bool) -> None:
+        """Free the place of a worker that is gone; if that is news, raise the error that says why."""
+        error = None
         try:
-            error = lost.ending(self._run, self._advice)
+            if is_news:
+                error = lost.ending(self._run, self._advice)
         finally:
             for seats in self._seats:
                 if lost in seats:
                     seats[seats.index(lost)] = None
             lost.close()
-        raise error
+        if error is not None:
+            raise error
 
     # --- values ---
 

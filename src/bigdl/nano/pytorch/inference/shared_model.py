@@ -126,7 +126,7 @@ class _Writer:
         if address not in self._starts:
             self._held.append(storage)
             self._starts[address] = start = self.size
-            memory = torch.empty(0, dtype=torch.uint8).set_(storage).numpy()
+            memory: Any = torch.empty(0, dtype=torch.uint8).set_(storage).numpy()
             view, at = memoryview(memory), start
             while view:  # the system takes 2 GB at once
                 written = os.pwrite(self._fd, view, at)

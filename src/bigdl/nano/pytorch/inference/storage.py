@@ -200,9 +200,7 @@ def _pack(folder: Path, file: IO[bytes]) -> None:
 # --- reading ----------------------------------------------------------------------------------
 
 
-def load(
-    path: Target, model: nn.Module | None = None, *, threads: int | None = None
-) -> nn.Module:
+def load(path: Target, model: nn.Module | None = None, *, threads: int | None = None) -> nn.Module:
     """Read what ``save`` wrote.
 
     Args:
