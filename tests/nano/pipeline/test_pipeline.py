@@ -149,9 +149,9 @@ def test_inputs_are_read_no_faster_than_the_stages_take_them(doubling):
             raise OwnError("enough")
         return value
 
-    with Pipeline([("refuse", refuse), ("pass", lambda value: value)]) as pipeline:
-        with pytest.raises(OwnError):
-            pipeline.run(inputs())
+    stages = [("refuse", refuse), ("pass", lambda value: value)]
+    with Pipeline(stages) as pipeline, pytest.raises(OwnError):
+        pipeline.run(inputs())
     assert 31 <= len(taken) <= 31 + 4
 
 

@@ -8,7 +8,6 @@ of the inputs, and nothing piles up.
 
 from __future__ import annotations
 
-import contextlib
 import os
 import selectors
 import threading
@@ -240,7 +239,7 @@ class Stages:
             self._lose(seat, is_news=is_run or seat.facts is None)
 
     def _lose(self, lost: Seat, *, is_news: bool) -> None:
-        """Free the place of a worker that is gone; if that is news, raise the error that says why."""
+        """Free the place of a worker that is gone; if that is news, raise what says why."""
         error = None
         try:
             if is_news:
