@@ -31,7 +31,15 @@ PUBLIC = {
         "WorkerLostError",
     ],
     "bigdl.nano": ["Pipeline"],
-    "bigdl.nano.pytorch": ["Guard", "InferenceOptimizer", "Pipeline", "Plan", "Trainer"],
+    "bigdl.nano.pytorch": [
+        "Guard",
+        "InferenceOptimizer",
+        "Pipeline",
+        "Plan",
+        "TorchNano",
+        "Trainer",
+        "nano",
+    ],
     "bigdl.orca": ["OrcaContext", "init_orca_context", "stop_orca_context"],
 }
 # Those whose import needs an extra: checked where it is installed.

@@ -13,7 +13,7 @@ import sys
 import time
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, BinaryIO
+from typing import IO, TYPE_CHECKING, BinaryIO
 
 from bigdl._base.environment import ProcessSettings, find_allocator
 from bigdl.nano import launched
@@ -218,7 +218,7 @@ def _become(cores: str) -> tuple[str, ...]:
 class _Lines:
     """Whole lines of one stream, passed on with a label."""
 
-    def __init__(self, source: BinaryIO, sink: BinaryIO, label: bytes) -> None:
+    def __init__(self, source: IO[bytes], sink: BinaryIO, label: bytes) -> None:
         self._source, self._sink, self._label = source, sink, label
         self._rest = b""
 
