@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from bigdl._base.machine import core_ids
 from bigdl.errors import ArgumentError, ConfigError, DataError, NotReadyError, WorkerLostError
+from bigdl.nano import Pipeline
 from bigdl.nano.pytorch import InferenceOptimizer
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="processes are made the POSIX way")
@@ -147,6 +148,26 @@ def test_a_compiled_program(form):
     with to_multi_instance(program, 1) as many:
         for got, want in zip(many(BATCHES), expected(model), strict=True):
             torch.testing.assert_close(got, want, rtol=0, atol=0)
+
+
+def test_a_pipeline_s_workers_load_a_model_each(accelerated, tmp_path):
+    """As docs/inference.md shows it; the model itself belongs to this process."""
+    fast, folder = accelerated["onnxruntime"], str(tmp_path / "model")
+    InferenceOptimizer.save(fast, folder)
+
+    class Infer:
+        fast = None
+
+        def __call__(self, x):
+            self.fast = self.fast or InferenceOptimizer.load(folder)
+            return self.fast(x)
+
+    with Pipeline([("shift", lambda x: x + 1), ("infer", Infer(), {"worker_num": 2})]) as pipeline:
+        out = pipeline.run(BATCHES)
+    for got, want in zip(out, expected(plain(), [x + 1 for x in BATCHES]), strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+    with pytest.raises(ArgumentError, match=r"stage 'infer' .*InferenceOptimizer\.save"):
+        Pipeline([("infer", fast)])
 
 
 def test_loaders_and_streams_of_batches():

@@ -114,8 +114,9 @@ class _Opening:
             self._content = dumps(fn)
         except Exception as exc:
             raise ArgumentError(
-                f"The function of stage {name!r} cannot be sent to a worker process: {exc}. "
-                "What cannot be pickled can be made inside it, at its first call."
+                f"The function of stage {name!r} cannot be sent to a worker process: "
+                f"{str(exc).rstrip('.')}. What cannot be pickled can be made inside it, at its "
+                "first call."
             ) from exc
 
     def __call__(self, workers: Workers) -> Callable[[], Callable[[Any], Any]]:
