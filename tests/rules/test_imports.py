@@ -32,7 +32,12 @@ CORE = {
 }
 
 # The training plan knows torch only; these put it into Lightning's Trainer.
-LIGHTNING = ("nano/pytorch/trainer.py", "nano/pytorch/module.py", "nano/pytorch/lightning/*")
+LIGHTNING = (
+    "nano/pytorch/trainer.py",
+    "nano/pytorch/torch_nano.py",
+    "nano/pytorch/module.py",
+    "nano/pytorch/lightning/*",
+)
 
 # A foreign library lives in the files named for it.
 FOREIGN = {

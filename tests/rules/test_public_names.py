@@ -30,8 +30,16 @@ PUBLIC = {
         "WorkerError",
         "WorkerLostError",
     ],
-    "bigdl.nano": [],
-    "bigdl.nano.pytorch": ["Guard", "InferenceOptimizer", "Plan", "Trainer"],
+    "bigdl.nano": ["Pipeline"],
+    "bigdl.nano.pytorch": [
+        "Guard",
+        "InferenceOptimizer",
+        "Pipeline",
+        "Plan",
+        "TorchNano",
+        "Trainer",
+        "nano",
+    ],
     "bigdl.orca.learn": ["Predictor"],
     "bigdl.orca.learn.callbacks": [
         "Callback",

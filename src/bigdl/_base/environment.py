@@ -54,6 +54,9 @@ _ALLOCATOR_VARIABLES = {
     # tensors are large: without this every allocation over 1 GiB is reported on stderr
     "tcmalloc": {"TCMALLOC_LARGE_ALLOC_REPORT_THRESHOLD": str(1 << 60)},
 }
+# TBB, which OpenVINO brings, loads a library so that it allocates by the C library and frees by
+# whatever was preloaded: a crash at the first model that is compiled, unless it is told this.
+TBB_BESIDE_ALLOCATOR = {"TBB_ENABLE_SANITIZERS": "1"}
 _LIBRARY_FOLDERS = (
     "usr/lib/*-linux-*",
     "usr/lib64",
@@ -119,6 +122,7 @@ class ProcessSettings:
             variables["LD_PRELOAD"] = (
                 f"{self.allocator}:{others}" if others else str(self.allocator)
             )
+            variables |= TBB_BESIDE_ALLOCATOR
             for kind, settings in _ALLOCATOR_VARIABLES.items():
                 if kind in Path(self.allocator).name:
                     # what the user has set for this allocator stays

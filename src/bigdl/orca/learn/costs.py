@@ -2,8 +2,8 @@
 
 NumPy only; measures nothing itself. The usual model of data-parallel training: each
 worker's compute is a fixed part and a part for each row it has, and the sum of gradients costs
-a fixed time and a time for each byte (R. W. Hockney, "The communication challenge for MPP", Parallel
-Computing 20, 1994). A step is as long as both together, since they do not overlap here.
+a fixed time and a time for each byte (R. W. Hockney, "The communication challenge for MPP",
+Parallel Computing 20, 1994). A step is as long as both together: they do not overlap here.
 """
 
 from __future__ import annotations
