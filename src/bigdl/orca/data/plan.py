@@ -32,6 +32,7 @@ __all__ = [
     "Zipped",
     "evenly",
     "kept",
+    "noted",
     "values",
 ]
 
@@ -156,10 +157,23 @@ def values(
 
 def kept(engine: Engine, plan: Plan, label: str) -> Kept:
     """The plan, carried out: its shards are made, and stay with the engine."""
-    noted = _Noted(plan)
+    return Kept(noted(engine, plan, _without_note)[0], label)
+
+
+def noted(
+    engine: Engine, plan: Plan, step: Callable[[Any], list[Any]]
+) -> tuple[list[Ref], list[Any]]:
+    """Values that are made and stay with the engine, and notes on them, which come here.
+
+    Args:
+        engine: Where.
+        plan: Whose shards.
+        step: From a shard to a value and a note.
+    """
+    done = _Noted(plan, step)
     with ShardProgress(plan.describe(), plan.shards) as progress:
-        _settled(engine, noted, progress)
-    return Kept(noted.whole, label)
+        notes = _settled(engine, done, progress)
+    return done.values, notes
 
 
 def evenly(shard: Any, shards: int) -> list[Any]:
@@ -279,19 +293,20 @@ class Whole(Plan):
 
 
 class _Noted(Plan):
-    """Shards that are made and stay, as nothing at all: to wait for them without their data."""
+    """Notes on values that stay with the engine."""
 
-    def __init__(self, plan: Plan) -> None:
+    def __init__(self, plan: Plan, step: Callable[[Any], list[Any]]) -> None:
         super().__init__(plan.shards, plan.label, [plan])
-        self.whole: list[Ref] = []
+        self._step = step
+        self.values: list[Ref] = []
 
     def make(self, run: Run) -> list[Ref]:
-        pairs = run.engine.split(_noted, run.refs(self.parents[0]), 2)
-        self.whole = [whole for whole, _ in pairs]
+        pairs = run.engine.split(self._step, run.refs(self.parents[0]), 2)
+        self.values = [value for value, _ in pairs]
         return [note for _, note in pairs]
 
     def failed(self) -> None:
-        self.whole.clear()
+        self.values.clear()
 
 
 # --- in the workers -----------------------------------------------------------------------------
@@ -319,7 +334,7 @@ class _Joining:
         return self.work(*(rows.join([ref.get() for ref in refs]) for refs in inputs))
 
 
-def _noted(shard: Any) -> list[Any]:
+def _without_note(shard: Any) -> list[Any]:
     return [shard, None]
 
 

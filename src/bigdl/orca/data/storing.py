@@ -6,6 +6,7 @@ order. What is replaced stays whole until then, and goes afterwards.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import pickle
@@ -72,7 +73,7 @@ def target(path: str | PathLike[str], overwrite: bool) -> Target:
             f"save_pickle() writes no shards among other files: {path} has {others[0]!r}. "
             "Name another folder."
         )
-    if found and not overwrite:
+    if _HEAD in found and not overwrite:  # without it, they are what a broken call has left
         raise FileExistsError(f"There are shards in {path} already; overwrite=True replaces them.")
     return Target(files, root, found, is_new=False)
 
@@ -171,8 +172,9 @@ def _names(files: Any, root: str, pattern: str) -> list[str]:
 def _remove(files: Any, root: str, patterns: list[str] | None = None) -> None:
     """Take files out of a folder; or an empty folder, which is none on object stores."""
     if patterns is None:
-        if files.exists(root) and not files.ls(root):
-            files.rmdir(root)
+        with contextlib.suppress(OSError):
+            if files.exists(root) and not files.ls(root):
+                files.rmdir(root)
         return
     for pattern in patterns:
         for name in _names(files, root, pattern):

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     from bigdl.orca.engines.base import Engine
 
-__all__ = ["XShards"]
+__all__ = ["XShards", "opened"]
 
 _HOW = ("inner", "left", "right", "outer")
 
@@ -379,6 +379,11 @@ class XShards:
         if other._engine is not self._engine:
             raise ContextError(f"{call}() needs shards of one Orca context; these are of two.")
         return other
+
+
+def opened(shards: XShards) -> tuple[Engine, Plan]:
+    """Where shards are, and how they come about; for what reads them elsewhere in this house."""
+    return shards._engine, shards._plan
 
 
 def _number(call: str, name: str, value: Any) -> int:
