@@ -72,6 +72,7 @@ FOREIGN = {
         "orca/data/frames.py",
         "orca/data/readers.py",  # the line to install
         "orca/data/steps.py",  # and this one
+        "testing/xshards.py",
     ),
     "pyarrow": (
         "orca/data/adapters/arrow*.py",
