@@ -10,6 +10,9 @@ import lzma
 import os
 import posixpath
 import re
+import sys
+import tarfile
+import zipfile
 import zlib
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -41,7 +44,18 @@ _COMPRESSED = {
     ".tar.xz": "tar",
 }
 #: What a file that is not what it should be makes pandas raise, and those below it.
-_UNREADABLE = (ValueError, LookupError, EOFError, OSError, zlib.error, lzma.LZMAError)
+_UNREADABLE = (
+    ValueError,
+    LookupError,
+    OverflowError,
+    EOFError,
+    OSError,
+    RuntimeError,  # an encrypted archive, a type of Parquet's that pandas has not
+    zlib.error,
+    lzma.LZMAError,
+    zipfile.BadZipFile,
+    tarfile.TarError,
+)
 
 
 @dataclass(frozen=True)
@@ -87,8 +101,14 @@ class Read:
             raise FileNotFoundError(f"This worker sees no file {file}.") from exc
         except PermissionError as exc:
             raise PermissionError(f"{file} may not be read: {exc}") from exc
-        except _UNREADABLE as exc:
+        except (*_UNREADABLE, *_of_zstd()) as exc:
             raise DataError(f"{self.function}() cannot read {file}: {_line(exc)}") from exc
+
+
+def _of_zstd() -> tuple[type[Exception], ...]:
+    """What its package raises, where it was loaded."""
+    zstd = sys.modules.get("zstandard")
+    return () if zstd is None else (zstd.ZstdError,)
 
 
 def compression_of(path: str) -> str | None:
