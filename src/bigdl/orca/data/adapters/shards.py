@@ -423,7 +423,8 @@ def _parts_of(shard: Any, request: Request) -> tuple[str, Any, int]:
     found = f"a {type(shard).__name__}"
     if isinstance(shard, dict):
         found += f" with {', '.join(map(repr, shard)) or 'nothing'}"
+    wanted = '{"x": features, "y": labels}' if request.has_labels else '{"x": features}'
     raise DataError(
-        f'{request.call}() needs shards that are frames or {{"x": features, "y": labels}}, and '
-        f"got {found}. transform_shard(lambda shard: {{…}}) makes them."
+        f"{request.call}() needs shards that are frames or {wanted}, and got {found}. "
+        "transform_shard(lambda shard: {…}) makes them."
     )
