@@ -44,7 +44,7 @@ _COMPRESSED = {
     ".tar.xz": "tar",
 }
 #: What a file that is not what it should be makes pandas raise, and those below it.
-_UNREADABLE = (
+_UNREADABLE: tuple[type[Exception], ...] = (
     ValueError,
     LookupError,
     OverflowError,

@@ -18,8 +18,9 @@ from bigdl._base.trees import Tree, concat, map_leaves, slice_rows
 from bigdl.orca.context import current_engine
 from bigdl.orca.data import rows
 from bigdl.orca.data.adapters import adapt
-from bigdl.orca.data.columns import Nulls, NullsFound
-from bigdl.orca.data.contract import DEFAULT_BATCH_SIZE, Batch, Column, OutputSchema, Schema, part
+from bigdl.orca.data.agreement import Note, agreed, cast
+from bigdl.orca.data.columns import NullsFound
+from bigdl.orca.data.contract import DEFAULT_BATCH_SIZE, Batch, OutputSchema, Schema, part
 from bigdl.orca.data.memory import InMemory, Shaping, as_numpy, batch_of
 from bigdl.orca.data.order import check_start
 from bigdl.orca.data.outputs import named_outputs
@@ -56,7 +57,7 @@ def adapt_shards(shards: XShards, request: Request) -> ShardRows | ShardsToPredi
     if not request.has_labels:
         return ShardsToPredict(engine=engine, plan=plan, request=request)
     refs, notes = noted(engine, plan, _Arrays(request))
-    schema = _agreed(notes, request)
+    schema = agreed(notes, request)
     blocks = _blocks(engine, refs, notes, schema.row_bytes)
     return ShardRows(
         refs=tuple(ref for ref, _ in blocks),
@@ -150,7 +151,7 @@ class ShardReader:
             self._held = None  # before the next is read
             schema = self.source.schema
             wanted = schema.features, schema.labels
-            read = [_cast(self.source.refs[int(i)].get(), wanted) for i in blocks[:, 0]]
+            read = [cast(self.source.refs[int(i)].get(), wanted) for i in blocks[:, 0]]
             self._held = key, read[0] if len(read) == 1 else concat(read)
         return self._held[1]
 
@@ -206,7 +207,7 @@ class ShardsToPredict:
         """
         engine, schema = self.engine, OutputSchema() if schema is None else schema
         refs, notes = noted(engine, self.plan, _Looking(self.request))
-        features = _agreed(notes, self.request).features
+        features = agreed(notes, self.request).features
         step = _Predicting(self.request, fn, schema, size, features)
         made, samples = noted(engine, Kept(refs, "shards"), step)
         known = [sample for sample in samples if sample is not None]
@@ -219,93 +220,11 @@ class ShardsToPredict:
         return XShards(engine, Kept(made, "predict"))
 
 
-# --- what differs between shards ----------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class _Note:
-    """What a worker tells of a shard: its kind, its rows, what they are, its nulls by column."""
-
-    kind: str
-    rows: int
-    schema: Schema | None
-    nulls: dict[Any, int]
-
-
-def _agreed(notes: Sequence[_Note], request: Request) -> Schema:
-    """What the rows of all shards are.
-
-    Raises:
-        DataError: No rows, nulls, or shards that do not fit each other.
-    """
-    kinds = sorted({note.kind for note in notes})
-    if len(kinds) > 1:
-        raise DataError(f"The shards are of differing kinds: {' and '.join(kinds)}.")
-    nulls = Nulls(sum(note.rows for note in notes))
-    for name in dict.fromkeys(name for note in notes for name in note.nulls):
-        nulls.add(name, sum(note.nulls.get(name, 0) for note in notes))
-    nulls.check()
-    schemas = [note.schema for note in notes if note.schema is not None and note.rows]
-    if not schemas and request.has_labels:
-        raise DataError(f"{request.call}() got shards of no rows.")
-    if not schemas:
-        return next((n.schema for n in notes if n.schema is not None), Schema(features=()))
-    is_table = kinds == ["frames"]
-    nests = [(schema.features, schema.labels) for schema in schemas]
-
-    def common(*columns: Column) -> Column:
-        return _common(columns, is_table)
-
-    features, labels = map_leaves(common, *nests, name="the shard")
-    return Schema(features=features, labels=labels)
-
-
-def _common(columns: Sequence[Column], is_table: bool) -> Column:
-    """What a column is, of which shards may hold narrower types than others."""
-    first = columns[0]
-    other = next((one for one in columns if one.shape != first.shape), None)
-    if other is not None:
-        raise DataError(
-            f"{first.name} has rows of shape {first.shape} in one shard and {other.shape} in "
-            "another; a model needs one shape."
-        )
-    types = list(dict.fromkeys(column.dtype for column in columns))
-    if len(types) == 1:
-        return first
-    if is_table and set(types) == {"int64", "float32"}:
-        dtype = "float32"  # as the joined table would be read
-    elif not is_table and all(_is_number(name) for name in types):
-        dtype = str(np.result_type(*types))
-    else:
-        raise DataError(
-            f"{first.name} holds {types[0]} in one shard and {types[1]} in another. "
-            "transform_shard() can make them one type."
-        )
-    return Column(name=first.name, dtype=dtype, shape=first.shape)
-
-
-def _is_number(name: str) -> bool:
-    try:
-        return np.dtype(name).kind in "iufc"
-    except TypeError:  # one of torch's own
-        return False
-
-
-def _cast(data: Tree, wanted: Tree) -> Tree:
-    """Arrays in the types that all shards agree on."""
-
-    def cast(column: Column, leaf: Any) -> Any:
-        if not isinstance(leaf, np.ndarray) or str(leaf.dtype) == column.dtype:
-            return leaf
-        if column.dtype == "float32":
-            leaf = leaf.astype(np.float64)  # rounded as a joined table's would be
-        return leaf.astype(column.dtype)
-
-    return map_leaves(cast, wanted, data)
+# --- blocks, and what makes them in the workers --------------------------------------------------
 
 
 def _blocks(
-    engine: Engine, refs: Sequence[Ref], notes: Sequence[_Note], row_bytes: int
+    engine: Engine, refs: Sequence[Ref], notes: Sequence[Note], row_bytes: int
 ) -> list[tuple[Ref, int]]:
     """Blocks with their rows: shards without rows are left out, very large ones are cut."""
     found: list[tuple[Ref, int]] = []
@@ -321,9 +240,6 @@ def _blocks(
         elif note.rows:
             found.append((ref, note.rows))
     return found
-
-
-# --- in the workers -----------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -378,7 +294,7 @@ class _Predicting:
         recipe, note = _read(shard, self.request)
         assert recipe is not None  # what has nulls was refused before
         if note.rows:
-            recipe = replace(recipe, data=_cast(recipe.data, self.features))
+            recipe = replace(recipe, data=cast(recipe.data, self.features))
         outputs = recipe.map_batches(watched, self.schema, size=self.size)
         if isinstance(shard, dict):
             outputs = self._beside(shard, self.schema.sample if outputs is None else outputs)
@@ -399,16 +315,16 @@ class _Predicting:
         return {**shard, **added}
 
 
-def _read(shard: Any, request: Request) -> tuple[InMemory | None, _Note]:
+def _read(shard: Any, request: Request) -> tuple[InMemory | None, Note]:
     """A shard as the adapter of its kind reads it; none if it has nulls."""
     kind, data, total = _parts_of(shard, request)
     if total == 0 and request.has_labels:
-        return None, _Note(kind, 0, None, {})
+        return None, Note(kind, 0, None, {})
     try:
         recipe: Any = adapt(data, request)
     except NullsFound as exc:
-        return None, _Note(kind, total, None, exc.counts)
-    return recipe, _Note(kind, total, recipe.schema, {})
+        return None, Note(kind, total, None, exc.counts)
+    return recipe, Note(kind, total, recipe.schema, {})
 
 
 def _parts_of(shard: Any, request: Request) -> tuple[str, Any, int]:
