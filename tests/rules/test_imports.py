@@ -73,11 +73,18 @@ FOREIGN = {
     "nncf": ("nano/accelerators/openvino.py",),
     "intel_extension_for_pytorch": ("nano/accelerators/ipex.py",),
     "neural_compressor": ("nano/accelerators/neural_compressor.py",),
-    "pandas": ("orca/data/adapters/pandas.py",),
+    "pandas": (
+        "orca/data/adapters/pandas*.py",
+        "orca/data/frames.py",
+        "orca/data/readers.py",  # the line to install
+        "orca/data/steps.py",  # and this one
+        "testing/xshards.py",
+    ),
     "pyarrow": (
         "orca/data/adapters/arrow*.py",
         "orca/data/adapters/parquet.py",
         "orca/data/adapters/__init__.py",  # the line to install
+        "orca/data/readers.py",  # and this one
     ),
     "tensorboard": ("orca/learn/callbacks/tensorboard.py",),
     "mlflow": ("orca/learn/callbacks/mlflow.py",),

@@ -52,6 +52,8 @@ PUBLIC = {
         "TrainingState",
     ],
     "bigdl.orca": ["OrcaContext", "init_orca_context", "stop_orca_context"],
+    "bigdl.orca.data": ["XShards", "per_worker"],
+    "bigdl.orca.data.pandas": ["read_csv", "read_json", "read_parquet"],
 }
 # Those whose import needs an extra: checked where it is installed.
 WITH_TORCH = {

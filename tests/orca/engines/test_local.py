@@ -301,6 +301,30 @@ def test_nothing_is_left_of_a_closed_engine():
 
 
 @linux
+def test_files_of_parts_go_one_by_one(engine):
+    def count(n, within_s=10.0):
+        deadline = time.monotonic() + within_s
+        while True:
+            found = len(list(Path(tempfile.gettempdir()).rglob("kept-*")))
+            if found == n or time.monotonic() > deadline:
+                return found
+            engine.submit(int).result()
+
+    refs = engine.scatter([0])
+    [parts] = engine.split(lambda x: [x, x, x], refs, 3)
+    engine.gather(parts)
+    assert count(4) == 4
+    del parts[0]
+    assert count(3) == 3
+    del parts
+    assert count(1) == 1
+    [parts] = engine.split(lambda x: [x, time.sleep(1)], refs, 2)
+    del parts[0]  # before it is made
+    engine.gather(parts)
+    del parts
+    assert count(1) == 1
+
+
 def test_files_go_with_what_they_hold(engine):
     def kept():
         return [path for path in Path(tempfile.gettempdir()).rglob("kept-*")]

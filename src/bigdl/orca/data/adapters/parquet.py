@@ -1,8 +1,6 @@
 """Parquet files on any fsspec path, read by row groups: never more than a window of them.
 
-A block is a row group. Shuffled, blocks are put in order, some of them are read together, and
-the rows of that window are put in order. Where windows end follows from the files alone, so the
-order is the same on every machine.
+A block is a row group; ``windows.py`` says in which order they are met.
 """
 
 from __future__ import annotations
@@ -23,8 +21,9 @@ from bigdl.orca.data.adapters.arrow_values import array_column, arrays_of, descr
 from bigdl.orca.data.columns import Columns, Nulls
 from bigdl.orca.data.contract import DEFAULT_BATCH_SIZE, Batch, OutputSchema, Schema, part
 from bigdl.orca.data.memory import Shaping, batch_of, each_batch
-from bigdl.orca.data.order import Order, Permutation, check_start
+from bigdl.orca.data.order import check_start
 from bigdl.orca.data.outputs import check_names, named_outputs
+from bigdl.orca.data.windows import WINDOW_BYTES, Windows, runs
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -33,9 +32,6 @@ if TYPE_CHECKING:
     from bigdl.orca.data.contract import Request, Run
 
 __all__ = ["Files", "adapt_files"]
-
-#: Bytes of blocks, as the files hold them before compression, that are shuffled together.
-WINDOW_BYTES = 128 << 20
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,7 +98,7 @@ class Files:
         schema = OutputSchema() if schema is None else schema
         check_names(schema, self.names)
         work = _BlockMapping(self, fn, schema, size)
-        tables = iter(run(work, _runs(self.blocks, self.window_bytes // 8)))
+        tables = iter(run(work, runs(self.blocks, self.window_bytes // 8)))
         first = next(tables)
 
         def batches() -> Iterator[pa.RecordBatch]:
@@ -152,7 +148,7 @@ class FilesReader:
     ) -> Iterator[Batch]:
         source = self.source
         check_start(start, source.rows)
-        windows = _Windows(source.blocks, source.window_bytes, seed, epoch)
+        windows = Windows(source.blocks, source.window_bytes, seed, epoch)
         for first in range(start, source.rows, size):
             total = min(size, source.rows - first)
             here, there = part(total, self.rank, self.world)
@@ -167,7 +163,7 @@ class FilesReader:
             yield Batch(source.shaping(data, there - here), there - here, total)
         self.close()
 
-    def _window(self, windows: _Windows, number: int) -> Tree:
+    def _window(self, windows: Windows, number: int) -> Tree:
         """The rows of a window, in the order of its blocks in the files."""
         blocks = windows.blocks_of(number)
         key = blocks.tobytes()
@@ -182,50 +178,6 @@ class FilesReader:
     def close(self) -> None:
         """Let go of the rows that are held."""
         self._held = None
-
-
-class _Windows:
-    """Where the rows of an epoch are: blocks in order, cut into windows of some bytes."""
-
-    def __init__(
-        self, blocks: np.ndarray, window_bytes: int, seed: int | None, epoch: int
-    ) -> None:
-        self._seed, self._epoch = seed, epoch
-        self._entered: tuple[int, Order] | None = None
-        if seed is not None:
-            blocks = blocks[Permutation(len(blocks), seed, epoch)[:]]
-        self._blocks = _runs(blocks, window_bytes)
-        #: First place of each window, and the number of rows.
-        self._places = np.cumsum([0, *(int(one[:, 2].sum()) for one in self._blocks)])
-
-    def blocks_of(self, number: int) -> np.ndarray:
-        """The window's blocks as they are read: by file and place."""
-        blocks = self._blocks[number]
-        return blocks[np.lexsort((blocks[:, 1], blocks[:, 0]))]
-
-    def pieces(self, start: int, stop: int) -> Iterator[tuple[int, slice | np.ndarray]]:
-        """Places of the epoch as windows, with the rows of each."""
-        number = int(np.searchsorted(self._places, start, side="right")) - 1
-        while start < stop:
-            first, end = int(self._places[number]), int(self._places[number + 1])
-            last = min(stop, end)
-            if self._entered is None or self._entered[0] != number:
-                order = Order(end - first, self._seed, self._epoch, number)
-                self._entered = number, order
-            yield number, self._entered[1][start - first : last - first]
-            start, number = last, number + 1
-
-
-def _runs(blocks: np.ndarray, most_bytes: int) -> list[np.ndarray]:
-    """Neighbouring blocks together, at most so many bytes or one block; at least one run."""
-    blocks = blocks[blocks[:, 2] > 0]
-    bounds, held = [0], 0
-    for i, size in enumerate(blocks[:, 3].tolist()):
-        if held and held + size > most_bytes:
-            bounds.append(i)
-            held = 0
-        held += size
-    return [blocks[i:j] for i, j in zip(bounds, [*bounds[1:], len(blocks)], strict=True)]
 
 
 def adapt_files(data: Any, request: Request) -> Files:
