@@ -78,6 +78,11 @@ MISUSE = [
     (lambda s: s.merge(s, on=[]), ConfigError, "names no column"),
     (lambda s: s.group_by("a", {}), ArgumentError, "agg="),
     (lambda s: s.group_by("a", ["mean"]), ArgumentError, "agg="),
+    (lambda s: s.group_by("a", {"b": 3}), ArgumentError, "aggregates for 'b', not 3"),
+    (lambda s: s.group_by("a", {"b": []}), ArgumentError, "aggregates for 'b'"),
+    (lambda s: s.sort_values([["a"]]), ArgumentError, "names of columns, not a list"),
+    (lambda s: s.partition_by({"a": 1}), ArgumentError, "names of columns, not a dict"),
+    (lambda s: s.sample(0.5, random_state="x"), ArgumentError, "whole number, not 'x'"),
     (lambda s: s.group_by([], {"b": "mean"}), ConfigError, "names no column"),
     (lambda s: s.group_by("a", {"b": "mean"}, join=True), ArgumentError, r"merge\(\)"),
     (lambda s: s.sort_values("a", "up"), ArgumentError, "ascending.*'up'"),
@@ -123,6 +128,10 @@ SEEN_IN_WORKERS = [
     (lambda s: s.merge(s[["a"]], on="b").collect(), "right shards have no column 'b'"),
     (lambda s: s.merge(s[["a"]].transform_shard(lambda f: f.rename(columns={"a": "z"})),
                        ).collect(), "cannot join"),
+    (lambda s: s.group_by("a", {"b": "meen"}).collect(), "no aggregate 'meen'.*'mean'"),
+    (lambda s: s.group_by("a", {"c": ["mean"]}).collect(), "cannot aggregate"),
+    (lambda s: s.transform_shard(lambda f: f.assign(c=["x", 1, 2])).sort_values("c").collect(),
+     "cannot put these values in order"),
     (lambda s: s.unique(), "one column, not of frames of 3 columns"),
     (lambda s: s.split(), "tuples or lists, not a DataFrame"),
     (lambda s: arrays(s).describe(), "pandas frames, not of a ndarray"),
@@ -141,6 +150,41 @@ def test_what_only_the_data_tell(shards, call, text):
     with pytest.raises(DataError, match=text):
         call(shards)
     assert len(shards) == 6
+
+
+def test_an_aggregate_of_the_users_fails_as_its_own(shards):
+    def broken(column):
+        raise TypeError("mine")
+
+    with pytest.raises(TypeError, match="mine") as caught:
+        shards.group_by("a", {"b": [broken]}).collect()
+    assert not isinstance(caught.value, DataError)
+
+
+def test_numbers_may_be_numpys(shards):
+    assert shards.repartition(np.int64(3)).num_partitions() == 3
+    assert len(shards.sample(np.float64(0.5), random_state=np.int32(1))) == 3
+
+
+def test_a_value_that_nobody_asks_for_any_more_goes(context, tmp_path):
+    """With the next work of that worker."""
+
+    class Held:
+        def __del__(self):
+            (tmp_path / "gone").touch()
+
+    shards = XShards.partition(np.arange(1), 1)
+    held = per_worker(Held)
+    shards.transform_shard(lambda shard, held: shard, held).collect()
+    assert not (tmp_path / "gone").exists()
+    del held
+    gc.collect()
+
+    def work_reaches_it():
+        shards.transform_shard(lambda shard: shard).collect()
+        return (tmp_path / "gone").exists()
+
+    assert within(10, work_reaches_it)
 
 
 def test_names_of_bigdl_2(shards):

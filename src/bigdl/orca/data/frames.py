@@ -56,7 +56,10 @@ class SortValues:
 
     def __call__(self, table: Any) -> list[Any]:
         frame = _frame(table, "sort_values", self.by)
-        ordered = frame.sort_values(self.by, ascending=self.ascending, kind="stable")
+        try:
+            ordered = frame.sort_values(self.by, ascending=self.ascending, kind="stable")
+        except TypeError as exc:
+            raise DataError(f"sort_values() cannot put these values in order: {exc}.") from exc
         return evenly(ordered, self.shards)
 
 
@@ -89,7 +92,18 @@ class GroupBy:
     def __call__(self, table: Any) -> list[Any]:
         frame = _frame(table, "group_by", [*self.columns, *self.agg])
         groups = frame.groupby(self.columns, observed=False)
-        found = groups.agg(dict(self.agg))
+        names = [name for several in self.agg.values() for name in several if _is_name(name)]
+        for name in names:
+            if not hasattr(groups, name):
+                raise DataError(
+                    f"group_by(): pandas has no aggregate {name!r}.{nearest(name, dir(groups))}"
+                )
+        try:
+            found = groups.agg(dict(self.agg))
+        except TypeError as exc:
+            if len(names) < sum(map(len, self.agg.values())):
+                raise  # it may be a function of the user's that failed
+            raise DataError(f"group_by() cannot aggregate these values: {exc}.") from exc
         found.columns = [f"{column}_{name}" for column, name in found.columns]
         try:
             found = found.reset_index()
@@ -188,6 +202,10 @@ def _with_added(frame: Any, file: File) -> Any:
         if isinstance(frame, pd.DataFrame) and name not in frame.columns:
             frame[name] = pd.Series([value] * len(frame), index=frame.index, dtype=kind)
     return frame
+
+
+def _is_name(aggregate: Any) -> bool:
+    return isinstance(aggregate, str)
 
 
 # --- what others share --------------------------------------------------------------------------

@@ -6,6 +6,7 @@ when values are asked for.
 
 from __future__ import annotations
 
+import numbers
 import secrets
 from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
@@ -224,9 +225,14 @@ class XShards:
                 f'group_by() needs agg={{"column": ["mean", …]}}, not {shown(agg)}.'
             )
         several = {
-            column: [one] if isinstance(one, str) or callable(one) else list(one)
+            column: [one] if isinstance(one, str) or callable(one) else one
             for column, one in agg.items()
         }
+        for column, found in several.items():
+            if not isinstance(found, (list, tuple)) or not found:
+                raise ArgumentError(
+                    f"group_by() needs names of aggregates for {column!r}, not {shown(found)}."
+                )
         label = f"group_by({_listed(names)})"
         return self._whole("GroupBy", None, label, columns=names, agg=several)
 
@@ -238,14 +244,17 @@ class XShards:
             frac: Which part, 0 to 1.
             random_state: A seed; None draws one now, so that each run gives the same rows.
         """
-        if isinstance(frac, bool) or not isinstance(frac, (int, float)):
+        if isinstance(frac, bool) or not isinstance(frac, numbers.Real):
             raise ArgumentError(f"frac has to be a number, not {shown(frac)}.")
         if not 0 <= frac <= 1:
             raise ConfigError(f"frac={frac} cannot be: need 0 to 1.")
         seed = secrets.randbits(32) if random_state is None else random_state
-        if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 1 << 32:
-            raise ConfigError(f"random_state={seed!r} cannot be: need a whole number >= 0.")
-        return self._whole("Sample", None, f"sample({frac:g})", frac=frac, seed=seed)
+        if isinstance(seed, bool) or not isinstance(seed, numbers.Integral):
+            raise ArgumentError(f"random_state has to be a whole number, not {shown(seed)}.")
+        if not 0 <= seed < 1 << 32:
+            raise ConfigError(f"random_state={seed} cannot be: need 0 to 2**32 - 1.")
+        share = float(frac)
+        return self._whole("Sample", None, f"sample({share:g})", frac=share, seed=int(seed))
 
     def unique(self) -> Any:
         """The values of the one column, each once in order of appearance, as a NumPy array."""
@@ -387,11 +396,11 @@ def opened(shards: XShards) -> tuple[Engine, Plan]:
 
 
 def _number(call: str, name: str, value: Any) -> int:
-    if isinstance(value, bool) or not isinstance(value, int):
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
         raise ArgumentError(f"{call}({name}=…) has to be a whole number, not {shown(value)}.")
     if value < 1:
         raise ConfigError(f"{call}({name}={value}) cannot be: need at least 1.")
-    return value
+    return int(value)
 
 
 def _columns(call: str, name: str, value: Any) -> list[Hashable]:
@@ -401,9 +410,17 @@ def _columns(call: str, name: str, value: Any) -> list[Hashable]:
     if not value:
         raise ConfigError(f"{call}({name}=[]) names no column.")
     for one in value:
-        if one is None or isinstance(one, (XShards, PerWorker)) or not hasattr(one, "__hash__"):
+        if one is None or isinstance(one, (XShards, PerWorker)) or not _is_hashable(one):
             raise ArgumentError(f"{call}({name}=…) needs names of columns, not {shown(one)}.")
     return list(value)
+
+
+def _is_hashable(value: Any) -> bool:
+    try:
+        hash(value)
+    except TypeError:
+        return False
+    return True
 
 
 def _listed(names: Sequence[Hashable]) -> str:
