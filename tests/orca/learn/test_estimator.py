@@ -227,6 +227,39 @@ def test_a_killed_worker_is_survived(step, tmp_path):
     assert est.step == whole.step
 
 
+class KillAtEnd(Callback):
+    """Kills its own worker after the last step, once."""
+
+    def __init__(self, mark: Path) -> None:
+        self.mark = str(mark)
+
+    def on_fit_end(self, state):
+        if not Path(self.mark).exists():
+            Path(self.mark).touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+@pytest.mark.parametrize(
+    ("max_steps", "saving"),
+    [(4, {"every_steps": 1}), (7, {"every_steps": 1}), (7, {"every_epochs": 1})],
+    ids=["in mid-epoch", "all rows had", "epoch over"],
+)
+def test_a_worker_killed_after_the_last_of_max_steps(max_steps, saving, tmp_path):
+    """The checkpoint leaves no update to make, but maybe an epoch's end."""
+    options = {"epochs": 2, "batch_size": 16, "max_steps": max_steps, "validation_data": table(9)}
+    whole = make()
+    (row,) = whole.fit(table(), **options)
+    est = make()
+    callbacks = [KillAtEnd(tmp_path / "mark"), ModelCheckpoint(tmp_path / "saved", **saving)]
+    (found,) = est.fit(table(), **options, callbacks=callbacks, max_failures=1)
+    assert (tmp_path / "mark").exists()
+    assert torch.equal(flat(est), flat(whole))
+    assert (est.epoch, est.step) == (whole.epoch, whole.step) == (max_steps // 7, max_steps)
+    assert found.keys() == row.keys()
+    for key in found.keys() - {"seconds"}:
+        assert found[key] == pytest.approx(row[key], rel=1e-6), key
+
+
 def test_a_killed_worker_is_an_error_without_max_failures(tmp_path):
     est = make()
     before = flat(est)

@@ -96,6 +96,7 @@ AT_ONCE = {
     "validate_every": (lambda: fit(validate_every=0), ConfigError, "validate_every=0"),
     "every steps": (lambda: fit(validate_every_steps=0), ConfigError, "validate_every_steps=0"),
     "max_steps": (lambda: fit(max_steps=0), ConfigError, "max_steps=0"),
+    "max_steps text": (lambda: fit(max_steps="4"), ConfigError, "max_steps='4'"),
     "accumulation": (lambda: fit(accumulation_steps=0), ConfigError, "accumulation_steps=0"),
     "clip_value": (lambda: fit(clip_value=0), ConfigError, "clip_value=0"),
     "failures -1": (lambda: fit(max_failures=-1), ConfigError, "max_failures=-1"),

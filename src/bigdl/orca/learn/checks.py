@@ -34,6 +34,7 @@ def checked_workers(workers: Any) -> int | tuple[int, int] | None:
 def check_fit(
     epochs: Any,
     seed: Any,
+    max_steps: Any,
     validate_every: Any,
     validate_every_steps: Any,
     max_failures: Any,
@@ -55,6 +56,7 @@ def check_fit(
         )
     least = {
         "epochs": (epochs, 1),
+        "max_steps": (max_steps, 1),
         "validate_every": (validate_every, 1),
         "validate_every_steps": (validate_every_steps, 1),
         "max_failures": (max_failures, 0),
@@ -63,7 +65,7 @@ def check_fit(
     wrong = [
         f"{name}={value!r} (need a whole number >= {low})"
         for name, (value, low) in least.items()
-        if not (name == "validate_every_steps" and value is None)
+        if not (name in ("max_steps", "validate_every_steps") and value is None)
         and (isinstance(value, bool) or not isinstance(value, int) or value < low)
     ]
     if hang_timeout_s not in ("auto", None) and not (

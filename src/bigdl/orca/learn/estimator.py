@@ -119,7 +119,14 @@ class BaseEstimator(Kept):
         engine = self._engine()
         hung = callbacks or ()
         check_fit(
-            epochs, seed, validate_every, validate_every_steps, max_failures, hang_timeout_s, hung
+            epochs,
+            seed,
+            max_steps,
+            validate_every,
+            validate_every_steps,
+            max_failures,
+            hang_timeout_s,
+            hung,
         )
         self._program.check_training()
         request = Request(

@@ -184,7 +184,8 @@ def _train(ctx: WorkerContext, job: Job) -> Fitted | None:
         hooks = _Hooks(ctx, job, reader, against)
         hooks.begin(replica)
         rows: list[dict[str, Any]] = []
-        if job.epochs and job.options.max_steps != 0:
+        # without steps left there may still be an epoch to end that has had its rows
+        if job.epochs and (job.options.max_steps != 0 or job.start.row):
             rows = replica.train(job.epochs, job.start, hooks)
         hooks.end(replica)
         state = replica.state()

@@ -67,7 +67,8 @@ class Options:
         precision: "bf16" is autocast over weights that stay as they are.
         sync: Whether each worker has the whole optimizer, or its slice of it.
         compress: "bf16" rounds gradients where they travel between hosts.
-        max_steps: Updates after which ``train`` returns; None = as the epochs have.
+        max_steps: Updates after which ``train`` returns; None = as the epochs have; 0 = only what
+            follows the last one, such as the record of its epoch.
         accelerator: Of Nano's, through which the model predicts; None = the framework itself.
 
     Raises:
@@ -87,8 +88,8 @@ class Options:
         wrong = []
         if self.accumulation_steps < 1:
             wrong.append(f"accumulation_steps={self.accumulation_steps} (need >= 1)")
-        if self.max_steps is not None and self.max_steps < 1:
-            wrong.append(f"max_steps={self.max_steps} (need >= 1, or None)")
+        if self.max_steps is not None and self.max_steps < 0:
+            wrong.append(f"max_steps={self.max_steps} (need >= 0, or None)")
         if self.precision not in get_args(Precision):
             wrong.append(f'precision={self.precision!r} (need "fp32" or "bf16")')
         for name in ("clip_norm", "clip_value"):
