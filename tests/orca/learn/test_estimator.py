@@ -260,6 +260,37 @@ def test_a_worker_killed_after_the_last_of_max_steps(max_steps, saving, tmp_path
         assert found[key] == pytest.approx(row[key], rel=1e-6), key
 
 
+def test_callbacks_go_on_as_they_were_at_the_checkpoint(tmp_path):
+    """Patience that was used up stays used, and what was kept of checkpoints is kept."""
+
+    def stopping():
+        return EarlyStopping(monitor="loss", patience=2, min_delta=1e9)  # nothing is progress
+
+    whole = make()
+    rows = whole.fit(table(), epochs=9, batch_size=16, callbacks=[stopping()])
+    assert len(rows) == 4  # the best, and three without progress
+    est, early = make(), stopping()
+    saver = ModelCheckpoint(tmp_path / "saved", keep_last=2)
+    callbacks = [KillAt(tmp_path / "mark", 3 * 7 + 2), early, saver]
+    found = est.fit(table(), epochs=9, batch_size=16, callbacks=callbacks, max_failures=1)
+    assert (tmp_path / "mark").exists()
+    assert [row["epoch"] for row in found] == [1, 2, 3, 4]
+    assert (early.waited, early.stopped_epoch) == (3, 4)
+    assert torch.equal(flat(est), flat(whole))
+    assert sorted(map(str, (tmp_path / "saved").iterdir())) == saver.paths
+    assert len(saver.paths) == 2
+
+
+def test_a_killed_worker_does_not_take_back_the_end(tmp_path):
+    early = EarlyStopping(monitor="loss", patience=0, min_delta=1e9)
+    est = make()
+    callbacks = [KillAtEnd(tmp_path / "mark"), early, ModelCheckpoint(tmp_path / "saved")]
+    found = est.fit(table(), epochs=9, batch_size=16, callbacks=callbacks, max_failures=1)
+    assert (tmp_path / "mark").exists()
+    assert [row["epoch"] for row in found] == [1, 2]
+    assert est.epoch == 2
+
+
 def test_a_killed_worker_is_an_error_without_max_failures(tmp_path):
     est = make()
     before = flat(est)

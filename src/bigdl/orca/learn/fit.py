@@ -16,10 +16,11 @@ from typing import TYPE_CHECKING, Any
 
 from bigdl._base.errors import WorkerLostError
 from bigdl.orca.engines.base import GangSetup
+from bigdl.orca.engines.pickling import dumps
 from bigdl.orca.learn import checkpoint
 from bigdl.orca.learn.callbacks import Callback, ModelCheckpoint, TrainingState
 from bigdl.orca.learn.program import Cursor, Hooks, Options, ReplicaContext
-from bigdl.orca.learn.watch import Watch
+from bigdl.orca.learn.watch import CallbackStates, Watch
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
@@ -78,6 +79,7 @@ class Job:
     run: str = field(default_factory=checkpoint.new_run)
     restarts: bool = False
     had: Any = None
+    is_stopped: bool = False
     trains: bool = True
 
 
@@ -121,7 +123,8 @@ def fit(
         hang_timeout_s: Seconds without a step after which a worker is taken for hung; "auto" =
             10 times the longest, at least 60; 600 for the first; None = never.
         on_event: Called here with (rank, event) as the workers tell: ("step", epoch, step, rows
-            of the epoch, loss), ("epoch", record), ("checkpoint", path, ``Replica.part``).
+            of the epoch, loss), ("epoch", record), ("checkpoint", path, ``Replica.part``, what
+            callbacks are).
 
     Raises:
         WorkerLostError: More workers were lost than ``max_failures``.
@@ -185,7 +188,8 @@ def _train(ctx: WorkerContext, job: Job) -> Fitted | None:
         hooks.begin(replica)
         rows: list[dict[str, Any]] = []
         # without steps left there may still be an epoch to end that has had its rows
-        if job.epochs and (job.options.max_steps != 0 or job.start.row):
+        is_over = job.options.max_steps == 0 or job.is_stopped
+        if job.epochs and (not is_over or job.start.row):
             rows = replica.train(job.epochs, job.start, hooks)
         hooks.end(replica)
         state = replica.state()
@@ -226,7 +230,7 @@ class _Hooks(Hooks):
         self._ctx, self._job, self._reader, self._against = ctx, job, reader, against
         self._is_first = ctx.rank == 0
         self._savers = [one for one in job.callbacks if isinstance(one, ModelCheckpoint)]
-        self._seen = TrainingState(world=ctx.world, step=job.start.step)
+        self._seen = TrainingState(world=ctx.world, step=job.start.step, is_stopped=job.is_stopped)
         self._told = 0.0
         self._validated: dict[str, float] = {}
         self._had = job.had
@@ -338,6 +342,25 @@ class _Hooks(Hooks):
             path = f"{one.directory.rstrip('/')}/{checkpoint.new_name(self._job.run, cursor)}"
             checkpoint.write(path, saved, self._job.program.codec)
             one.paths = [*(old for old in one.paths if old != path), path]
-            while one.keep_last is not None and len(one.paths) > one.keep_last:
-                checkpoint.remove(one.paths.pop(0))
-            self._ctx.emit(("checkpoint", path, part))
+            spare = [] if one.keep_last is None else one.paths[: -one.keep_last]
+            one.paths = one.paths[len(spare) :]
+            # told before the old ones go: who starts again looks for the last that was told of
+            self._ctx.emit(("checkpoint", path, part, self._kept()))
+            for old in spare:
+                checkpoint.remove(old)
+
+    def _kept(self) -> CallbackStates | None:
+        """The callbacks as they are now, where a new start may need them so."""
+        if not self._job.restarts:
+            return None
+        attributes = [_picklable(vars(one)) for one in self._job.callbacks]
+        return CallbackStates(attributes=attributes, is_stopped=self._seen.is_stopped)
+
+
+def _picklable(attributes: dict[str, Any]) -> dict[str, bytes]:
+    """Those that can travel: an open file or a connection is made anew by ``on_fit_start``."""
+    found = {}
+    for name, value in attributes.items():
+        with contextlib.suppress(Exception):  # objects of the user's refuse in any way
+            found[name] = dumps(value)
+    return found

@@ -2,22 +2,47 @@
 
 from __future__ import annotations
 
+import pickle
 import time
-from dataclasses import replace
+from copy import copy
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from bigdl.orca.learn import checkpoint
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
+    from bigdl.orca.learn.callbacks import Callback
     from bigdl.orca.learn.fit import Job
 
-__all__ = ["Watch"]
+__all__ = ["CallbackStates", "Watch"]
 
 #: A worker is taken for hung when it tells nothing for so long: in its first step, and later at
 #: the least, or so many times its longest step.
 _FIRST_S, _LEAST_S, _TIMES = 600.0, 60.0, 10.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class CallbackStates:
+    """What callbacks had become when a checkpoint was written.
+
+    Args:
+        attributes: Of each, pickled one by one.
+        is_stopped: Whether one of them had asked for the end.
+    """
+
+    attributes: list[dict[str, bytes]]
+    is_stopped: bool
+
+    def restored(self, callbacks: Sequence[Callback]) -> tuple[Callback, ...]:
+        """Copies of ``callbacks`` as they were then."""
+        found = []
+        for one, attributes in zip(callbacks, self.attributes, strict=True):
+            same = copy(one)
+            vars(same).update({name: pickle.loads(value) for name, value in attributes.items()})
+            found.append(same)
+        return tuple(found)
 
 
 class Watch:
@@ -32,6 +57,7 @@ class Watch:
         self._job, self._limit, self._on_event = job, hang_timeout_s, on_event
         self._path: str | None = None
         self._had: Any = None
+        self._callbacks: CallbackStates | None = None
         self._rows: list[dict[str, Any]] = []
         self._last: dict[int, float] = {}
         self._longest = 0.0
@@ -52,7 +78,7 @@ class Watch:
         elif event[0] == "epoch":
             self._rows.append(event[1])
         elif event[0] == "checkpoint":
-            _, self._path, self._had = event
+            _, self._path, self._had, self._callbacks = event
         if self._on_event is not None:
             self._on_event(rank, event)
 
@@ -77,8 +103,11 @@ class Watch:
         if self._job.options.max_steps is not None:
             used = saved.cursor.step - self._job.start.step
             steps = self._job.options.max_steps - used
+        assert self._callbacks is not None  # a job that may start again tells of them
         return replace(
             job,
+            callbacks=self._callbacks.restored(self._job.callbacks),
+            is_stopped=self._callbacks.is_stopped,
             state=saved.state,
             start=saved.cursor,
             epochs=self._job.epochs - done,
