@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import sys
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -24,6 +24,7 @@ __all__ = [
     "allocator_in_use",
     "environment",
     "find_allocator",
+    "stay_on",
     "thread_variables",
 ]
 
@@ -212,3 +213,11 @@ def _architecture(path: Path) -> bytes | None:
     except OSError:
         return None
     return head[4:6] + head[18:20] if head.startswith(b"\x7fELF") else None
+
+
+def stay_on(cores: Sequence[int] | None) -> None:
+    """Keep all threads of this process, one of ours, on ``cores``; None leaves them."""
+    if cores is not None and sys.platform == "linux":
+        for thread in os.listdir("/proc/self/task"):  # libraries may have started some
+            with suppress(ProcessLookupError):
+                os.sched_setaffinity(int(thread), cores)

@@ -305,6 +305,11 @@ class Worker:
             self.cancel()
         return self._open_answer()
 
+    def is_over(self) -> bool:
+        """Whether ``result`` would come at once, with a value or an error; never waits."""
+        self._wait(0.0, None)
+        return self._answer is not None or self._is_lost()
+
     def hand_over(self, fd: int) -> None:
         """Give the worker a file descriptor, which its function takes by ``take_over``.
 

@@ -116,8 +116,7 @@ class Seat:
 
     def is_lost(self) -> bool:
         """Whether the process has ended, though a child of it may hold its line; never waits."""
-        self._worker._wait(0.0, None)
-        return self._worker._is_lost() or self._worker._answer is not None
+        return self._worker.is_over()
 
     def ending(self, run: int, advice: str) -> BaseException:
         """Why the worker has ended, as an error to raise.

@@ -8,13 +8,12 @@ from __future__ import annotations
 import contextlib
 import os
 import socket
-import sys
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from bigdl._base.environment import allocator_in_use, environment, thread_variables
+from bigdl._base.environment import allocator_in_use, environment, stay_on, thread_variables
 from bigdl._base.machine import core_ids
-from bigdl._base.nursery import _describe, take_over
+from bigdl._base.nursery import describe, take_over
 from bigdl.nano.pipeline.wire import Inbox, Message, gathered, pack, send, unpack
 
 if TYPE_CHECKING:
@@ -53,7 +52,7 @@ def serve(
         cores: The cores to run on; None leaves them.
         threads: Threads for each library's pool; None leaves them.
     """
-    _stay_on(cores)
+    stay_on(cores)
     variables: dict[str, str | None] = dict(thread_variables(threads)) if threads else {}
     with environment(**variables), socket.socket(fileno=take_over()) as line:
         fn = open_fn()
@@ -73,12 +72,5 @@ def _answer(fn: Callable[[Any], Any], message: Message) -> Message:
     try:
         kind, parts = VALUE, pack(fn(unpack(message.parts)))
     except Exception as exc:  # noqa: BLE001  (it is raised again in the caller)
-        kind, parts = FAILED, pack(_describe(exc))
+        kind, parts = FAILED, pack(describe(exc))
     return Message(kind, message.run, message.index, parts)
-
-
-def _stay_on(cores: tuple[int, ...] | None) -> None:
-    if cores is not None and sys.platform == "linux":
-        for thread in os.listdir("/proc/self/task"):  # libraries may have started some
-            with contextlib.suppress(ProcessLookupError):
-                os.sched_setaffinity(int(thread), cores)

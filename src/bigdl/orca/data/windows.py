@@ -12,12 +12,18 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from bigdl.orca.data.order import Order, Permutation
+from bigdl._base.trees import concat
+from bigdl.orca.data.contract import Batch, part
+from bigdl.orca.data.memory import batch_of
+from bigdl.orca.data.order import Order, Permutation, check_start
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
-__all__ = ["WINDOW_BYTES", "Windows", "runs"]
+    from bigdl._base.trees import Tree
+    from bigdl.orca.data.memory import Shaping
+
+__all__ = ["WINDOW_BYTES", "WindowReader", "Windows", "runs"]
 
 #: Bytes of blocks that are shuffled together; of files, as they are before compression.
 WINDOW_BYTES = 128 << 20
@@ -60,6 +66,65 @@ class Windows:
                 self._entered = number, Order(end - first, self._seed, *key)
             yield number, self._entered[1][start - first : last - first]
             start, number = last, number + 1
+
+
+class WindowReader:
+    """One rank's rows, out of one window of blocks at a time; the last one stays in memory.
+
+    Args:
+        rank: Whose.
+        world: Of how many.
+        blocks: As for ``Windows``.
+        window_bytes: Of blocks that are read together.
+        shaping: What is done to each batch.
+        read: The rows of some blocks, in the order of the blocks.
+    """
+
+    def __init__(
+        self,
+        rank: int,
+        world: int,
+        *,
+        blocks: np.ndarray,
+        window_bytes: int,
+        shaping: Shaping,
+        read: Callable[[np.ndarray], Tree],
+    ) -> None:
+        self._rank, self._world = rank, world
+        self._blocks, self._window_bytes = blocks, window_bytes
+        self._shaping, self._read = shaping, read
+        self._held: tuple[bytes, Tree] | None = None
+
+    def batches(
+        self, size: int, *, epoch: int = 0, seed: int | None = None, start: int = 0
+    ) -> Iterator[Batch]:
+        """This rank's part of each global batch; see ``Reader.batches``."""
+        rows = int(self._blocks[:, 2].sum())
+        check_start(start, rows)
+        windows = Windows(self._blocks, self._window_bytes, seed, epoch)
+        for first in range(start, rows, size):
+            total = min(size, rows - first)
+            here, there = part(total, self._rank, self._world)
+            if here == there:
+                yield Batch(None, 0, total)
+                continue
+            pieces = [
+                batch_of(self._window(windows.blocks_of(number)), which)
+                for number, which in windows.pieces(first + here, first + there)
+            ]
+            data = pieces[0] if len(pieces) == 1 else concat(pieces)
+            yield Batch(self._shaping(data, there - here), there - here, total)
+
+    def _window(self, blocks: np.ndarray) -> Tree:
+        key = blocks.tobytes()
+        if self._held is None or self._held[0] != key:
+            self._held = None  # before the next is read
+            self._held = key, self._read(blocks)
+        return self._held[1]
+
+    def close(self) -> None:
+        """Let go of the rows that are held."""
+        self._held = None
 
 
 def runs(blocks: np.ndarray, most_bytes: int) -> list[np.ndarray]:

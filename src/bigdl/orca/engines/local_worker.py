@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from bigdl._base import wire
+from bigdl._base.environment import stay_on
 from bigdl._base.errors import DataError
 from bigdl.orca.engines import local_store as store
 from bigdl.orca.engines.outcome import failed
@@ -158,10 +159,7 @@ def _settle(order: Order) -> None:
     sys.path[:] = order.search_path
     if os.getcwd() != order.folder:
         os.chdir(order.folder)
-    if order.cpus is not None and sys.platform == "linux":
-        for thread in os.listdir("/proc/self/task"):  # libraries may have started some
-            with contextlib.suppress(ProcessLookupError):
-                os.sched_setaffinity(int(thread), order.cpus)
+    stay_on(order.cpus)
 
 
 def _widen_blas() -> None:

@@ -309,14 +309,18 @@ class Stopwatch(Hooks):
         self.ends: list[tuple[float, float]] = []
         self.first: Batch | None = None
         self.part_rows: list[int] = []
+        #: Whether a further epoch had no rows: what can be read once only.
+        self.is_dry = False
 
     def batches(self, cursor: Cursor) -> Iterator[Batch]:
         batches = iter(self._batches(cursor.epoch))
+        count = len(self.part_rows)
         while True:
             begun = time.perf_counter()
             batch = next(batches, None)
             self._reading += time.perf_counter() - begun
             if batch is None:
+                self.is_dry = bool(count) and count == len(self.part_rows)
                 return
             self.first = self.first or batch
             self.part_rows.append(batch.rows)
@@ -369,9 +373,11 @@ def _timed(replica: Any, job: Job, rank: int, world: int, seconds: float) -> _Ti
             return reader.batches(job.size, epoch=epoch, seed=job.seed)
 
         watch = Stopwatch(batches, seconds=seconds)
-        # what can be read once only ends after its first epoch
-        with contextlib.suppress(DataError):
+        try:
             replica.train(_STEPS, Cursor(), watch)
+        except DataError:
+            if not watch.is_dry:
+                raise
     step_s, reading_s = watch.medians()
     many = job.options.accumulation_steps
     return _Timed(

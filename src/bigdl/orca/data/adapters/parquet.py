@@ -6,7 +6,7 @@ A block is a row group; ``windows.py`` says in which order they are met.
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import fsspec
@@ -16,14 +16,12 @@ import pyarrow.dataset as pads
 from pyarrow.fs import FSSpecHandler, PyFileSystem
 
 from bigdl._base.errors import DataError
-from bigdl._base.trees import concat
 from bigdl.orca.data.adapters.arrow_values import array_column, arrays_of, described
 from bigdl.orca.data.columns import Columns, Nulls
-from bigdl.orca.data.contract import DEFAULT_BATCH_SIZE, Batch, OutputSchema, Schema, part
+from bigdl.orca.data.contract import DEFAULT_BATCH_SIZE, OutputSchema, Schema
 from bigdl.orca.data.memory import Shaping, batch_of, each_batch
-from bigdl.orca.data.order import check_start
 from bigdl.orca.data.outputs import check_names, named_outputs
-from bigdl.orca.data.windows import WINDOW_BYTES, Windows, runs
+from bigdl.orca.data.windows import WINDOW_BYTES, WindowReader, runs
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -62,8 +60,20 @@ class Files:
     def rows(self) -> int:
         return int(self.blocks[:, 2].sum())
 
-    def open(self, rank: int, world: int) -> FilesReader:
-        return FilesReader(self, rank, world)
+    def open(self, rank: int, world: int) -> WindowReader:
+        return WindowReader(
+            rank,
+            world,
+            blocks=self.blocks,
+            window_bytes=self.window_bytes,
+            shaping=self.shaping,
+            read=self._rows_of,
+        )
+
+    def _rows_of(self, blocks: np.ndarray) -> Tree:
+        table = self.table(blocks, self.columns.names)
+        nulls = Nulls(table.num_rows, _where(self))
+        return self.columns.nest(arrays_of(table, self.columns, nulls))
 
     def table(self, blocks: np.ndarray, columns: list[str] | None) -> pa.Table:
         """Blocks in the order given, as one table; None for all columns."""
@@ -132,52 +142,6 @@ class _BlockMapping:
             values = np.concatenate([one[name] for one in outputs])
             table = table.append_column(name, array_column(values))
         return table
-
-
-@dataclass
-class FilesReader:
-    """One rank's rows, out of one window of blocks at a time."""
-
-    source: Files
-    rank: int
-    world: int
-    _held: tuple[Any, Tree] | None = field(default=None, repr=False)
-
-    def batches(
-        self, size: int, *, epoch: int = 0, seed: int | None = None, start: int = 0
-    ) -> Iterator[Batch]:
-        source = self.source
-        check_start(start, source.rows)
-        windows = Windows(source.blocks, source.window_bytes, seed, epoch)
-        for first in range(start, source.rows, size):
-            total = min(size, source.rows - first)
-            here, there = part(total, self.rank, self.world)
-            if here == there:
-                yield Batch(None, 0, total)
-                continue
-            pieces = [
-                batch_of(self._window(windows, number), which)
-                for number, which in windows.pieces(first + here, first + there)
-            ]
-            data = pieces[0] if len(pieces) == 1 else concat(pieces)
-            yield Batch(source.shaping(data, there - here), there - here, total)
-        self.close()
-
-    def _window(self, windows: Windows, number: int) -> Tree:
-        """The rows of a window, in the order of its blocks in the files."""
-        blocks = windows.blocks_of(number)
-        key = blocks.tobytes()
-        if self._held is None or self._held[0] != key:
-            self._held = None  # before the next is read
-            source = self.source
-            table = source.table(blocks, source.columns.names)
-            nulls = Nulls(table.num_rows, _where(source))
-            self._held = key, source.columns.nest(arrays_of(table, source.columns, nulls))
-        return self._held[1]
-
-    def close(self) -> None:
-        """Let go of the rows that are held."""
-        self._held = None
 
 
 def adapt_files(data: Any, request: Request) -> Files:

@@ -7,7 +7,7 @@ between shards is settled here, from notes that the workers send.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -20,16 +20,15 @@ from bigdl.orca.data import rows
 from bigdl.orca.data.adapters import adapt
 from bigdl.orca.data.agreement import Note, agreed, cast
 from bigdl.orca.data.columns import NullsFound
-from bigdl.orca.data.contract import DEFAULT_BATCH_SIZE, Batch, OutputSchema, Schema, part
-from bigdl.orca.data.memory import InMemory, Shaping, as_numpy, batch_of
-from bigdl.orca.data.order import check_start
+from bigdl.orca.data.contract import DEFAULT_BATCH_SIZE, OutputSchema, Schema, part
+from bigdl.orca.data.memory import InMemory, Shaping, as_numpy
 from bigdl.orca.data.outputs import named_outputs
 from bigdl.orca.data.plan import Kept, Plan, noted
-from bigdl.orca.data.windows import WINDOW_BYTES, Windows
+from bigdl.orca.data.windows import WINDOW_BYTES, WindowReader
 from bigdl.orca.data.xshards import XShards, opened
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Sequence
 
     from bigdl.orca.data.contract import Request, Run
     from bigdl.orca.engines.base import Engine, Ref
@@ -93,8 +92,22 @@ class ShardRows:
     def rows(self) -> int:
         return sum(self.counts)
 
-    def open(self, rank: int, world: int) -> ShardReader:
-        return ShardReader(self, rank, world)
+    def open(self, rank: int, world: int) -> WindowReader:
+        row_bytes = max(1, self.schema.row_bytes)
+        blocks = [(i, 0, count, count * row_bytes) for i, count in enumerate(self.counts)]
+        return WindowReader(
+            rank,
+            world,
+            blocks=np.array(blocks, np.int64),
+            window_bytes=self.window_bytes,
+            shaping=self.shaping,
+            read=self._rows_of,
+        )
+
+    def _rows_of(self, blocks: np.ndarray) -> Tree:
+        wanted = self.schema.features, self.schema.labels
+        read = [cast(self.refs[int(i)].get(), wanted) for i in blocks[:, 0]]
+        return read[0] if len(read) == 1 else concat(read)
 
     def map_batches(
         self,
@@ -111,53 +124,6 @@ class ShardRows:
             DataError: Always.
         """
         raise DataError("These shards were opened for training; open them for predict().")
-
-
-@dataclass
-class ShardReader:
-    """One rank's rows, out of one window of blocks at a time."""
-
-    source: ShardRows
-    rank: int
-    world: int
-    _held: tuple[bytes, Tree] | None = field(default=None, repr=False)
-
-    def batches(
-        self, size: int, *, epoch: int = 0, seed: int | None = None, start: int = 0
-    ) -> Iterator[Batch]:
-        source = self.source
-        check_start(start, source.rows)
-        row_bytes = max(1, source.schema.row_bytes)
-        blocks = [(i, 0, count, count * row_bytes) for i, count in enumerate(source.counts)]
-        windows = Windows(np.array(blocks, np.int64), source.window_bytes, seed, epoch)
-        for first in range(start, source.rows, size):
-            total = min(size, source.rows - first)
-            here, there = part(total, self.rank, self.world)
-            if here == there:
-                yield Batch(None, 0, total)
-                continue
-            pieces = [
-                batch_of(self._window(windows, number), which)
-                for number, which in windows.pieces(first + here, first + there)
-            ]
-            data = pieces[0] if len(pieces) == 1 else concat(pieces)
-            yield Batch(source.shaping(data, there - here), there - here, total)
-
-    def _window(self, windows: Windows, number: int) -> Tree:
-        """The rows of a window, in the order of its blocks."""
-        blocks = windows.blocks_of(number)
-        key = blocks.tobytes()
-        if self._held is None or self._held[0] != key:
-            self._held = None  # before the next is read
-            schema = self.source.schema
-            wanted = schema.features, schema.labels
-            read = [cast(self.source.refs[int(i)].get(), wanted) for i in blocks[:, 0]]
-            self._held = key, read[0] if len(read) == 1 else concat(read)
-        return self._held[1]
-
-    def close(self) -> None:
-        """Let go of the rows that are held."""
-        self._held = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -182,7 +148,7 @@ class ShardsToPredict:
     def schema(self) -> Schema | None:
         return None
 
-    def open(self, rank: int, world: int) -> ShardReader:
+    def open(self, rank: int, world: int) -> WindowReader:
         """Predictions need no ranks.
 
         Raises:
