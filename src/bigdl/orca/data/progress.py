@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
-import sys
 import time
+
+from bigdl._base.live import LiveLine
 
 __all__ = ["ShardProgress"]
 
@@ -22,28 +22,18 @@ class ShardProgress:
 
     def __init__(self, label: str, shards: int) -> None:
         self._label, self._shards, self._done = label, shards, 0
-        self._stream = sys.stderr
-        self._is_live = bool(self._stream is not None and self._stream.isatty())
+        self._line = LiveLine()
         self._since = time.monotonic()
-        self._is_shown = False
 
     def __enter__(self) -> ShardProgress:
         return self
 
     def __exit__(self, *exc: object) -> None:
-        if self._is_shown:
-            self._show("")
+        self._line.close()
 
     def done(self) -> None:
         """One more is there."""
         self._done += 1
         seconds = time.monotonic() - self._since
         if seconds > _PATIENCE_S:
-            self._show(f"{self._label}: shard {self._done}/{self._shards}, {seconds:.0f} s")
-
-    def _show(self, text: str) -> None:
-        if self._is_live:
-            self._is_shown = True
-            with contextlib.suppress(OSError, ValueError):  # closed by its reader
-                self._stream.write(f"\r\x1b[K{text}")
-                self._stream.flush()
+            self._line.show(f"{self._label}: shard {self._done}/{self._shards}, {seconds:.0f} s")

@@ -9,6 +9,7 @@ from copy import copy
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal, Self
 
+from bigdl._base.live import LiveLine
 from bigdl.orca.context import current_engine
 from bigdl.orca.data.adapters import adapt
 from bigdl.orca.data.contract import DEFAULT_BATCH_SIZE, Request
@@ -344,7 +345,8 @@ class BaseEstimator(Kept):
             streams_seed=seed,
             state=self._present(),
         )
-        return explain(engine, job)
+        with LiveLine() as line:
+            return explain(engine, job, say=lambda what: line.show(f"explain: {what} …"))
 
     # --- inside ---
 

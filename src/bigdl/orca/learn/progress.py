@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from typing import Any
+
+from bigdl._base.live import LiveLine
 
 __all__ = ["ProgressLine"]
 
@@ -23,29 +24,27 @@ class ProgressLine:
         self, *, epochs: int, first: int, rows: int | None, is_asked: bool = False
     ) -> None:
         self._last, self._rows = first + epochs - 1, rows
-        self._stream = sys.stderr
-        self._is_live = bool(self._stream is not None and self._stream.isatty())
-        self._is_asked = is_asked and self._stream is not None
+        self._line, self._is_asked = LiveLine(), is_asked
         self._since, self._epoch, self._before = time.monotonic(), 0, 0
 
     def __enter__(self) -> ProgressLine:
         return self
 
     def __exit__(self, *exc: object) -> None:
-        self._show("")
+        self._line.close()
 
     def heard(self, rank: int, event: Any) -> None:
         """What a worker told."""
-        if rank or not (self._is_live or self._is_asked):
+        if rank or not (self._line.is_live or self._is_asked):
             return
-        if event[0] == "step" and self._is_live:
+        if event[0] == "step" and self._line.is_live:
             _, epoch, step, row, loss = event
             if epoch != self._epoch:
                 self._since, self._epoch, self._before = time.monotonic(), epoch, row
             seconds = max(time.monotonic() - self._since, 1e-9)
             of = f"/{self._rows}" if self._rows is not None else ""
             speed = f", {(row - self._before) / seconds:.0f} rows/s" if row > self._before else ""
-            self._show(
+            self._line.show(
                 f"epoch {epoch}/{self._last}: row {row}{of}{speed}, step {step}, loss {loss:.4g}"
             )
         elif event[0] == "epoch":
@@ -53,14 +52,4 @@ class ProgressLine:
                 f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}"
                 for key, value in event[1].items()
             )
-            self._show(values, end="\n")
-
-    def _show(self, text: str, end: str = "") -> None:
-        if not self._is_live and not (self._is_asked and end):
-            return
-        back = "\r\x1b[K" if self._is_live else ""
-        try:
-            self._stream.write(f"{back}{text}{end}")
-            self._stream.flush()
-        except (OSError, ValueError):  # closed by its reader; progress is not worth an error
-            self._is_live = self._is_asked = False
+            self._line.keep(values)
