@@ -349,13 +349,16 @@ def test_from_a_pipe():
     assert (done.stdout, done.stderr) == (EXPECTED, "")
 
 
-def test_from_a_module_loaded_from_a_path(tmp_path):
-    (tmp_path / "odd.py").write_text(
+@pytest.mark.parametrize("is_below_a_root", [False, True])
+def test_from_a_module_loaded_from_a_path(tmp_path, is_below_a_root):
+    """Its name leads nowhere, whether or not ``sys.path`` has a folder around its file."""
+    (tmp_path / "file.py").write_text(
         "def f(x):\n    return g(x) + 1\n\ndef g(x):\n    return -x\n"
     )
     code = (
         "import importlib.util, sys\n"
-        f"spec = importlib.util.spec_from_file_location('odd', {str(tmp_path / 'odd.py')!r})\n"
+        f"spec = importlib.util.spec_from_file_location('odd', {str(tmp_path / 'file.py')!r})\n"
+        f"sys.path += [{str(tmp_path)!r}] * {is_below_a_root}\n"
         "odd = sys.modules['odd'] = importlib.util.module_from_spec(spec)\n"
         "spec.loader.exec_module(odd)\n"
         "from bigdl._base.workers import run_in_child\n"

@@ -488,11 +488,15 @@ def _register(module: ModuleType) -> bool:
 def _unreachable() -> Iterable[ModuleType]:
     """Loaded modules whose files are not where ``sys.path`` would find them."""
     roots = tuple(os.path.join(os.path.realpath(path or os.curdir), "") for path in sys.path)
+    places: dict[str, tuple[str, ...]] = {}
     for name, module in list(sys.modules.items()):
         file = getattr(module, "__file__", None)
         if name == "__main__" or name != getattr(module, "__name__", None) or not file:
             continue  # cloudpickle sends __main__ by value itself
-        if not _real_path(file).startswith(roots) and not is_importable(name.partition(".")[0]):
+        top = name.partition(".")[0]
+        if top not in places:  # a file below a root is found there by its own name only
+            places[top] = tuple(f"{root}{top}{end}" for root in roots for end in (".", os.sep))
+        if not _real_path(file).startswith(places[top]) and not is_importable(top):
             yield module
 
 

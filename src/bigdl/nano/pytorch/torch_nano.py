@@ -141,14 +141,20 @@ def nano(
             f"nano(precision={precision!r}) needs a scaled loss, and the function calls "
             "loss.backward(): use 'bf16-mixed', or TorchNano with self.backward(loss)."
         )
-    fabric |= {"cpu_for_each_process": cpu_for_each_process, "precision": precision}
-    _check(num_processes, distributed_backend, cpu_for_each_process,
-           {k: v for k, v in fabric.items() if k not in (*_OWN, "precision")})  # fmt: skip
+    _check(num_processes, distributed_backend, cpu_for_each_process, fabric)
+    make = functools.partial(
+        TorchNano,
+        num_processes,
+        distributed_backend,
+        cpu_for_each_process,
+        precision,
+        **fabric,
+    )
 
     def decorate(fn: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(fn)
         def run(*args: Any, **kwargs: Any) -> Any:
-            stand_ins = _StandIns(TorchNano(num_processes, distributed_backend, **fabric))
+            stand_ins = _StandIns(make())
             ready = {name: stand_ins.of(value) for name, value in kwargs.items()}
             return stand_ins.back(fn(*map(stand_ins.of, args), **ready))
 
