@@ -306,9 +306,13 @@ class Worker:
         return self._open_answer()
 
     def is_over(self) -> bool:
-        """Whether ``result`` would come at once, with a value or an error; never waits."""
-        self._wait(0.0, None)
-        return self._answer is not None or self._is_lost()
+        """Whether an answer has come, or none can come any more; never waits.
+
+        That a process is gone shows at its channel before the nursery has told of it.
+        """
+        while self._answer is None and not self._is_lost() and self._wait(0.0, None):
+            continue
+        return self._answer is not None or self._drained or self._is_lost()
 
     def hand_over(self, fd: int) -> None:
         """Give the worker a file descriptor, which its function takes by ``take_over``.
@@ -338,7 +342,8 @@ class Worker:
             owner._workers.pop(self.number, None)
             self._channel.close()
 
-    def _wait(self, left: float | None, on_event: Callable[[Any], None] | None) -> None:
+    def _wait(self, left: float | None, on_event: Callable[[Any], None] | None) -> bool:
+        """Hear what comes next, within ``left`` seconds; False if nothing did."""
         from multiprocessing.connection import wait
 
         ends: list[Connection | socket.socket] = [self._owner._line()]
@@ -349,6 +354,7 @@ class Worker:
             self._read(on_event)
         elif ready:
             self._owner._hear()
+        return bool(ready)
 
     def _read(self, on_event: Callable[[Any], None] | None) -> None:
         try:

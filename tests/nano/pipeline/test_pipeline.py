@@ -18,28 +18,13 @@ import pytest
 from bigdl._base.machine import core_ids
 from bigdl.errors import ArgumentError, ConfigError, ContextError, NotReadyError, WorkerLostError
 from bigdl.nano import Pipeline
+from bigdl.testing.processes import are_gone
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="processes are made the POSIX way")
 
 
 class OwnError(Exception):
     """Of a module that a worker cannot import by name."""
-
-
-def _alive(pid: int) -> bool:
-    try:
-        return "State:\tZ" not in Path(f"/proc/{pid}/status").read_text()
-    except OSError:
-        return False
-
-
-def _gone(pids, within_s: float = 10.0) -> bool:
-    deadline = time.monotonic() + within_s
-    while time.monotonic() < deadline:
-        if not any(_alive(pid) for pid in pids):
-            return True
-        time.sleep(0.02)
-    return False
 
 
 def _pids(pipeline) -> list[int]:
@@ -251,7 +236,7 @@ def test_a_worker_that_exits_and_a_nursery_that_is_killed():
             pipeline.run([0, 3])
         assert pipeline.run([0]) == [0]
         os.kill(pipeline._stages._workers._nursery.pid, signal.SIGKILL)
-        _gone(_pids(pipeline))
+        assert are_gone(_pids(pipeline))
         assert pipeline.run([0]) == [0]
 
 
@@ -276,7 +261,7 @@ def test_close_ends_the_processes_and_is_told(doubling):
     pids = _pids(doubling)
     doubling.close()
     doubling.close()
-    assert _gone(pids)
+    assert are_gone(pids)
     with pytest.raises(NotReadyError, match="closed"):
         doubling.run([1])
 
@@ -290,7 +275,7 @@ def test_closed_while_it_runs(doubling):
     pids = _pids(doubling)
     with pytest.raises(NotReadyError, match="closed"):
         doubling.run(inputs())
-    assert _gone(pids)
+    assert are_gone(pids)
 
 
 def test_run_within_a_run(doubling):
@@ -331,7 +316,7 @@ def test_without_close_it_ends_with_the_caller():
         )  # fmt: skip
         assert done.returncode == (0 if how == "end" else -signal.SIGKILL), done.stderr
         assert done.stderr == ""
-        assert _gone([int(pid) for pid in done.stdout.split()])
+        assert are_gone([int(pid) for pid in done.stdout.split()])
         deadline = time.monotonic() + 10
         while os.listdir(tempfile.gettempdir()) and time.monotonic() < deadline:
             time.sleep(0.02)

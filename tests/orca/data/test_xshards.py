@@ -8,7 +8,6 @@ import pickle
 import subprocess
 import sys
 import textwrap
-import time
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +16,7 @@ import pytest
 from bigdl.errors import ArgumentError, ConfigError, ContextError, DataError
 from bigdl.orca import init_orca_context
 from bigdl.orca.data import XShards, per_worker
+from bigdl.testing.processes import are_gone, within
 from bigdl.testing.xshards import XShardsContract
 
 pd = pytest.importorskip("pandas")
@@ -353,7 +353,7 @@ def test_ctrl_c_ends_the_work_and_the_context_goes_on(tmp_path):
     done = run(CTRL_C, str(notes), env={**os.environ, "TMPDIR": str(temporary)})
     assert done.stderr == ""
     assert done.stdout == "interrupted\n[0, -1, -2, -3, -4, -5, -6, -7]\nsoon True\n"
-    assert gone([int(note.name) for note in notes.iterdir()])
+    assert are_gone([int(note.name) for note in notes.iterdir()])
     assert list(temporary.iterdir()) == []
 
 
@@ -390,7 +390,7 @@ def test_a_killed_driver_leaves_nothing(tmp_path):
     assert list(temporary.iterdir())
     program.kill()
     program.communicate(timeout=20)
-    assert gone([worker])
+    assert are_gone([worker])
     assert within(15, lambda: not list(temporary.iterdir()))
 
 
@@ -416,23 +416,3 @@ def test_values_go_with_the_last_shards_that_need_them(context):
 def stored(context):
     root = Path(context.engine._start().folder())
     return sum(file.stat().st_size for file in root.rglob("*") if file.is_file())
-
-
-def gone(pids, within_s=15.0):
-    return within(within_s, lambda: not any(map(alive, pids)))
-
-
-def alive(pid):
-    try:
-        return "State:\tZ" not in Path(f"/proc/{pid}/status").read_text()
-    except (FileNotFoundError, ProcessLookupError):
-        return False
-
-
-def within(seconds, claim):
-    deadline = time.monotonic() + seconds
-    while not claim():
-        if time.monotonic() > deadline:
-            return False
-        time.sleep(0.05)
-    return True
