@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import statistics
 import subprocess
 import sys
 from importlib.util import find_spec
@@ -44,7 +43,7 @@ def _seconds(module: str) -> float:
 
 @pytest.mark.parametrize("module", LIGHT)
 def test_quick(module):
-    took = statistics.median(_seconds(module) for _ in range(3))
+    took = min(_seconds(module) for _ in range(5))  # what else runs only ever adds to it
     assert took < LIMIT_S, f"import {module} took {took:.2f} s of processor time"
 
 

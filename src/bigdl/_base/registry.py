@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import difflib
 import importlib
-from importlib.metadata import entry_points
 from typing import TYPE_CHECKING, Generic, TypeVar, cast
 
 from bigdl._base.errors import ConfigError
@@ -37,6 +36,8 @@ class Registry(Generic[T]):
 
     def _rows(self) -> dict[str, str]:
         if self._group is not None:  # asked once, when first needed
+            from importlib.metadata import entry_points
+
             for entry in entry_points(group=self._group):
                 self._known.setdefault(entry.name, entry.value)
             self._group = None

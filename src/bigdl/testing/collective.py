@@ -13,6 +13,7 @@ import threading
 import time
 import traceback
 import warnings
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
@@ -29,6 +30,7 @@ from bigdl.errors import (
     WorkerError,
     WorkerLostError,
 )
+from bigdl.testing.processes import within
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -461,8 +463,8 @@ def _all_checks(collective: Collective) -> dict[str, str]:
 # --- ends -------------------------------------------------------------------------------------
 
 
-def _work_until_it_ends(collective: Collective, n: int, what: str) -> None:
-    """Sums without end; ``what`` happens on the last rank."""
+def _work_until_it_ends(collective: Collective, n: int, what: str, begun: str = "") -> None:
+    """Sums without end; ``what`` happens on the last rank, which makes the file ``begun``."""
     array = np.ones(n, np.float32)
     turn = 0
     while True:
@@ -470,6 +472,8 @@ def _work_until_it_ends(collective: Collective, n: int, what: str) -> None:
         array[:] = 1
         collective.all_reduce(array)
         if collective.rank == collective.world - 1 and turn == 20:
+            if begun:
+                Path(begun).touch()
             if what == "raise":
                 raise ValueError("the loss is nan")
             if what == "leave":
@@ -650,15 +654,16 @@ class GangContract(CollectiveContract):
             assert f"orker {victim} of {world}" in str(result)
         return took
 
-    def test_one_that_stands_still_is_missed_in_time(self) -> None:
+    def test_one_that_stands_still_is_missed_in_time(self, tmp_path: Path) -> None:
         world = self.failing_world
         victim = world - 1
+        begun = tmp_path / "begun"
 
         def stop(rendezvous: Rendezvous) -> None:
             pid = rendezvous.members()[victim].pid
-            time.sleep(0.3)
+            assert within(60, begun.exists)
             os.kill(pid, signal.SIGSTOP)
-            time.sleep(3)
+            time.sleep(6)  # the limit, and as long again for the roll call of a busy machine
             os.kill(pid, signal.SIGCONT)
 
         results = self.run(
@@ -666,12 +671,13 @@ class GangContract(CollectiveContract):
             _work_until_it_ends,
             100,
             "",
+            str(begun),
             connect=type(self).connect_impatient,
             meanwhile=stop,
         )
         late = [result for result in results[:-1] if isinstance(result, TimeLimitError)]
         assert late, results
-        assert any(f"worker {victim} of {world}" in str(result) for result in late)
+        assert any(f"worker {victim} of {world}" in str(result) for result in late), late
         assert all(isinstance(result, (TimeLimitError, WorkerError)) for result in results)
 
 

@@ -18,8 +18,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote
 
-import fsspec
-
 from bigdl._base.calls import shown
 from bigdl._base.errors import ArgumentError, ConfigError, DataError
 
@@ -157,6 +155,8 @@ def files_at(call: str, path: Any, storage_options: Mapping[str, Any] | None) ->
 
 def _found(url: str, options: dict[str, Any]) -> list[tuple[Any, str, dict[str, str | None]]]:
     """Files of one path, each with what its folders name."""
+    import fsspec
+
     system, path = fsspec.core.url_to_fs(url, **options)
     if _MAGIC.search(path) and not system.exists(path):
         base = posixpath.dirname(path[: _MAGIC.search(path).start()])  # type: ignore[union-attr]

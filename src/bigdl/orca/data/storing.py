@@ -16,8 +16,6 @@ import secrets
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import fsspec
-
 from bigdl._base.calls import shown
 from bigdl._base.errors import ArgumentError, ConfigError, DataError
 from bigdl.orca.data.plan import Given, Mapped, Plan, values
@@ -146,6 +144,8 @@ def stored(path: str | PathLike[str], trusted: bool) -> Plan:
 def _folder(call: str, path: Any) -> tuple[Any, str]:
     if not isinstance(path, (str, os.PathLike)):
         raise ArgumentError(f"{call}() needs a path, not {shown(path)}.")
+    import fsspec
+
     files, root = fsspec.core.url_to_fs(os.fspath(path))
     return files, root.rstrip("/") or root
 
