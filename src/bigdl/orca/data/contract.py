@@ -7,6 +7,7 @@ part starts at a global row, so that a run can go on there with another number o
 
 from __future__ import annotations
 
+import contextlib
 import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias, runtime_checkable
@@ -29,6 +30,7 @@ __all__ = [
     "Schema",
     "Sharded",
     "checked_rows",
+    "held_by",
     "part",
 ]
 
@@ -250,6 +252,17 @@ class Request:
         given = [name for name in names if getattr(self, name) is not None]
         if given:
             raise ConfigError(f"{self.call}() got {', '.join(given)} beside {kind}. {why}")
+
+
+def held_by(stack: contextlib.ExitStack, source: Sharded) -> Sharded:
+    """``source``, which lets go of what it keeps for a call at the end of that call.
+
+    A recipe that keeps files for a call has a method ``let_go``.
+    """
+    let_go = getattr(source, "let_go", None)
+    if let_go is not None:
+        stack.callback(let_go)
+    return source
 
 
 def part(total: int, rank: int, world: int) -> tuple[int, int]:

@@ -203,7 +203,7 @@ class SpooledRows:
         numbered = _numbered(self.columns)
         return numbered.nest(arrays_of(table, numbered, Nulls(table.num_rows)))
 
-    def close(self) -> None:
+    def let_go(self) -> None:
         """Remove what was spooled, in the process that owns it."""
         self.shards.close()
 
