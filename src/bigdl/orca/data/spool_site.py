@@ -8,6 +8,7 @@ free at the beginning.
 from __future__ import annotations
 
 import errno
+import hashlib
 import importlib
 import json
 import os
@@ -16,7 +17,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from bigdl._base import machine
@@ -28,27 +28,14 @@ if TYPE_CHECKING:
 
     from bigdl.orca.data.spool_lease import Ticket
 
-__all__ = ["FILE_BYTES", "Place", "Site", "local_roots"]
+__all__ = ["FILE_BYTES", "Site", "local_roots", "new_name", "reserve"]
 
-#: A file is closed when it has so many bytes; in /dev/shm they are reserved when it begins.
+#: A file is closed when it has so many bytes.
 FILE_BYTES = 64 << 20
 _SHM = "/dev/shm"
 _PART_OF_FREE_MEMORY = 0.5
 _PATIENCE_S = 30.0
 _BOOT = "import sys; exec(compile(sys.stdin.buffer.read(), 'spool_guard', 'exec'))"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Place:
-    """A file that is to be written.
-
-    Args:
-        path: Where; it does not exist yet.
-        reserved: Bytes that are set aside for it; 0 = none.
-    """
-
-    path: str
-    reserved: int = 0
 
 
 class Site:
@@ -70,25 +57,33 @@ class Site:
         folders = [os.path.join(root, f"bigdl-spool-{ticket.name}") for root in roots]
         if shm is not None and os.path.isdir(shm):
             # executors of one host that have roots of their own still share this one
-            own = f"{hash_of(folders[0])}-{ticket.name}"
+            own = f"{_short(folders[0])}-{ticket.name}"
             folders.append(os.path.join(shm, f"bigdl-spool-{own}"))
         said = self._guarded(ticket, folders)
         self.guard: tuple[str, int] = (said["address"][0], said["address"][1])
         self._in_memory = [one for one in said["folders"] if shm and one.startswith(f"{shm}/")]
         self._on_disk = [one for one in said["folders"] if one not in self._in_memory]
 
-    def place(self, name: str) -> Place:
-        """Where the next file goes: in memory if there is room, else where most is free."""
+    def in_memory(self, name: str, size: int) -> str | None:
+        """Path of a new file that may grow by so many bytes; None if there is no room."""
         for folder in self._in_memory:
-            path = os.path.join(folder, name)
-            if self._has_room(folder) and _reserved(path):
-                return Place(path=path, reserved=FILE_BYTES)
-        folder = max(self._on_disk, key=_free)
-        return Place(path=os.path.join(folder, name))
+            if self.has_room(size):
+                return os.path.join(folder, name)
+        return None
 
-    def disk_place(self, name: str) -> Place:
-        """The same, without the memory."""
-        return Place(path=os.path.join(max(self._on_disk, key=_free), name))
+    def on_disk(self, name: str) -> str:
+        """Path of a new file, where most is free."""
+        return os.path.join(max(self._on_disk, key=_free), name)
+
+    def has_room(self, size: int) -> bool:
+        """Whether files in memory, with ``size`` more, leave as much memory free as they take."""
+        used = sum(
+            entry.stat().st_blocks * 512
+            for folder in self._in_memory
+            for entry in os.scandir(folder)
+        )
+        free = machine.available_memory_bytes()
+        return used + size <= (free + used) * _PART_OF_FREE_MEMORY
 
     def mark_failed(self) -> None:
         """Tell the other tasks of this host that there is no use in going on."""
@@ -98,12 +93,6 @@ class Site:
     @property
     def has_failed(self) -> bool:
         return os.path.exists(os.path.join(self._on_disk[0], "failed"))
-
-    def _has_room(self, folder: str) -> bool:
-        """Whether one more file leaves at least as much memory free as there is in files."""
-        used = sum(entry.stat().st_blocks * 512 for entry in os.scandir(folder))
-        free = machine.available_memory_bytes()
-        return used + FILE_BYTES <= (free + used) * _PART_OF_FREE_MEMORY
 
     def _guarded(self, ticket: Ticket, folders: list[str]) -> dict[str, Any]:
         """What the guard says of itself; it is begun if there is none."""
@@ -140,10 +129,8 @@ def local_roots() -> list[str]:
     return usable or [tempfile.gettempdir()]
 
 
-def hash_of(text: str) -> str:
+def _short(text: str) -> str:
     """A short name for a long one; the same in every process."""
-    import hashlib
-
     return hashlib.sha256(text.encode()).hexdigest()[:8]
 
 
@@ -172,23 +159,15 @@ def _begin_guard(ticket: Ticket, folders: list[str]) -> None:
     )
 
 
-def _reserved(path: str) -> bool:
-    """Whether the bytes of a file could be set aside: writing to them cannot fail then."""
+def reserve(file: int, first: int, count: int) -> bool:
+    """Set bytes of a file in memory aside, so that writing them cannot fail; whether there are."""
     try:
-        file = os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600)
-    except OSError:
-        return False
-    try:
-        os.posix_fallocate(file, 0, FILE_BYTES)
+        os.posix_fallocate(file, first, count)
     except OSError as exc:
-        os.unlink(path)
-        if exc.errno in (errno.ENOSPC, errno.EDQUOT, errno.EINVAL, errno.EOPNOTSUPP):
+        if exc.errno in (errno.ENOSPC, errno.EDQUOT):
             return False
         raise
-    else:
-        return True
-    finally:
-        os.close(file)
+    return True
 
 
 def _free(folder: str) -> int:

@@ -18,7 +18,7 @@ import pyarrow as pa
 from bigdl._base.errors import DataError
 from bigdl.orca.data.columns import NullsFound
 from bigdl.orca.data.spool import BLOCK_BYTES
-from bigdl.orca.data.spool_site import FILE_BYTES, Site, new_name
+from bigdl.orca.data.spool_site import FILE_BYTES, Site, new_name, reserve
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -187,21 +187,33 @@ class _Writer:
             raise DataError(next(differing(*pair) for pair in pairs if pair[0] != pair[1]))
 
     def _write(self, batch: pa.RecordBatch) -> None:
-        size = batch.nbytes + 4096
-        if self._file is not None and self._file.size + size > FILE_BYTES:
+        size = batch.nbytes + _heads(batch.schema)
+        if self._file is not None and not self._fits(self._file, size):
             self._close()
         if self._file is None:
-            self._open(batch.schema, size)
-        assert self._file is not None
+            self._file = self._open(batch.schema, size)
         self._file.add(batch)
 
-    def _open(self, schema: pa.Schema, size: int) -> None:
+    def _fits(self, file: _File, size: int) -> bool:
+        if file.size + size > FILE_BYTES:
+            return False
+        return not file.is_in_memory or (self.site.has_room(size) and file.reserve(size))
+
+    def _open(self, schema: pa.Schema, size: int) -> _File:
+        """The next file: in memory if there is room, else on a disk."""
         name = new_name(self.partition, len(self.notes))
-        fits = size + (1 << 20) <= FILE_BYTES  # a row larger than that is for the disk
-        place = self.site.place(name) if fits else self.site.disk_place(name)
-        self.path = place.path
-        self._unfinished.append(place.path)
-        self._file = _File(place.path, place.reserved, schema)
+        path = self.site.in_memory(name, size)
+        if path is not None:
+            self.path = path
+            self._unfinished.append(path)
+            file = _File(path, schema, is_in_memory=True)
+            if file.reserve(size):
+                return file
+            file.file.close()
+            os.unlink(path)
+        self.path = self.site.on_disk(name)
+        self._unfinished.append(self.path)
+        return _File(self.path, schema, is_in_memory=False)
 
     def _close(self) -> None:
         assert self._file is not None
@@ -224,25 +236,39 @@ class _Writer:
 class _File:
     """One Arrow file while it is written."""
 
-    def __init__(self, path: str, reserved: int, schema: pa.Schema) -> None:
-        flags = os.O_RDWR if reserved else os.O_CREAT | os.O_EXCL | os.O_RDWR
-        self.file = os.fdopen(os.open(path, flags, 0o600), "wb", buffering=1 << 20)
-        self._writer = pa.ipc.new_file(self.file, schema)
-        self.size, self.rows = 4096, 0
+    def __init__(self, path: str, schema: pa.Schema, *, is_in_memory: bool) -> None:
+        flags = os.O_CREAT | os.O_EXCL | os.O_RDWR
+        buffering = 0 if is_in_memory else 1 << 20
+        self.file = os.fdopen(os.open(path, flags, 0o600), "wb", buffering=buffering)
+        self.is_in_memory = is_in_memory
+        self._schema, self._writer = schema, None
+        self.size, self.rows = 2 * schema.serialize().size, 0  # at the begin and at the end
+
+    def reserve(self, size: int) -> bool:
+        """Set so much aside in memory, and what ends the file; whether there is that much."""
+        return reserve(self.file.fileno(), 0, self.size + size + _heads(self._schema))
 
     def add(self, batch: pa.RecordBatch) -> None:
+        if self._writer is None:
+            self._writer = pa.ipc.new_file(self.file, self._schema)
         self._writer.write_batch(batch)
-        self.size += batch.nbytes + 4096
+        self.size += batch.nbytes + _heads(batch.schema)
         self.rows += batch.num_rows
 
     def end(self) -> tuple[int, int]:
         """Rows and bytes."""
+        assert self._writer is not None
         self._writer.close()
         self.file.flush()
         size = self.file.tell()
         self.file.truncate(size)  # gives back what was reserved in vain
         self.file.close()
         return self.rows, size
+
+
+def _heads(schema: pa.Schema) -> int:
+    """More than what a block has beside its values: a few buffers a column, and their places."""
+    return 4096 + 1024 * len(schema)
 
 
 def differing(one: Column, other: Column) -> str:

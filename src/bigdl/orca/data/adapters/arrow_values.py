@@ -122,6 +122,10 @@ def _array(column: pa.Array, name: str, *, is_free: bool) -> np.ndarray:
     if pa.types.is_struct(kind) and tuple(field.name for field in kind) == _VECTOR:
         return _vectors(column, name)
     values = column.to_numpy(zero_copy_only=False)
+    if pa.types.is_map(kind) and not is_free:
+        raise DataError(
+            f"Column {name!r} holds maps, which no model takes as they are. Give a transform."
+        )
     if values.dtype.kind == "O":
         return from_cells(values, name, is_free=is_free)
     return narrowed(values, name)
