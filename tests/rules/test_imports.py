@@ -80,8 +80,12 @@ FOREIGN = {
         "orca/data/steps.py",  # and this one
         "testing/xshards.py",
     ),
+    "pyspark": ("orca/data/adapters/spark*.py",),
+    "py4j": ("orca/data/adapters/spark*.py",),
     "pyarrow": (
         "orca/data/adapters/arrow*.py",
+        "orca/data/adapters/spark*.py",
+        "orca/data/spool*.py",
         "orca/data/adapters/parquet.py",
         "orca/data/adapters/__init__.py",  # the line to install
         "orca/data/readers.py",  # and this one

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import datetime
-import decimal
-import os
 import pickle
 from pathlib import Path
 
@@ -70,6 +67,7 @@ class TestSpark(SparkContract):
     """Blocks of a partition each, in windows of a few."""
 
 
+@pytest.mark.slow
 class TestSparkInOneWindow(SparkContract):
     window_bytes = 1 << 30
 

@@ -12,6 +12,7 @@ import io
 import json
 import mmap
 import os
+import shutil
 import socket
 import struct
 import weakref
@@ -155,14 +156,26 @@ class Shards:
     def close(self) -> None:
         """Remove the files, in the process that owns them."""
         if self.lease is not None:
-            self.lease.close()
+            _remove(self.lease, self.folders)
+
+    @property
+    def folders(self) -> set[str]:
+        """Where the files lie on their hosts."""
+        return {os.path.dirname(shard.path) for shard in self.shards}
 
 
 def held(shards: Shards) -> Shards:
     """The same; the files go with this object, at the latest with this process."""
     if shards.lease is not None:
-        weakref.finalize(shards, shards.lease.close)
+        weakref.finalize(shards, _remove, shards.lease, shards.folders)
     return shards
+
+
+def _remove(lease: Lease, folders: set[str]) -> None:
+    lease.close()
+    for folder in folders:  # on this host, should their guard have been killed
+        if lease.ticket.name in os.path.basename(folder):
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import hmac
+import os
 import secrets
 import socket
 import threading
@@ -68,6 +69,7 @@ class Lease:
             port=self._door.getsockname()[1],
             token=secrets.token_hex(32),
         )
+        self._pid = os.getpid()
         self._lines: list[socket.socket] = []
         self._is_closed = False
         self._changing = threading.Lock()
@@ -86,7 +88,9 @@ class Lease:
         self._door.close()
 
     def close(self) -> None:
-        """Let go: the files are removed. A second call does nothing."""
+        """Let go: the files are removed. A second call, or one in a forked child, does nothing."""
+        if self._pid != os.getpid():
+            return
         self.seal()
         with self._changing:
             self._is_closed = True

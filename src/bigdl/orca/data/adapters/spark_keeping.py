@@ -8,10 +8,11 @@ more. Over Spark Connect there is no JVM to ask; the files live as long as the s
 
 from __future__ import annotations
 
-import contextlib
 import threading
 import weakref
 from typing import TYPE_CHECKING, Any
+
+from py4j.protocol import Py4JError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -74,12 +75,27 @@ def _watched(frame: Any) -> Callable[[], bool]:
         plan = plan.children().head()
     function = plan.functionExpr().func()
     weak = context._jvm.java.lang.ref.WeakReference(function)
+    is_there = _is_there
+    try:
+        is_there(weak)
+    except Py4JError:  # Java before 16
+        is_there = _can_be_had
 
     def is_needed() -> bool:
         if context._jsc is None:  # stopped
             return False
-        with contextlib.suppress(Exception):  # the JVM has gone, in any of py4j's ways
-            return weak.get() is not None
-        return False
+        try:
+            return is_there(weak)
+        except (Py4JError, OSError):  # the JVM has gone
+            return False
 
     return is_needed
+
+
+def _is_there(weak: Any) -> bool:
+    """Whether a weak reference still refers, without making a strong one."""
+    return not weak.refersTo(None)
+
+
+def _can_be_had(weak: Any) -> bool:
+    return weak.get() is not None
