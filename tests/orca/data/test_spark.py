@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +22,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::ResourceWarning")  # py4j's soc
 def numbered(spark, rows):
     """Rows 0 … in partitions of very different sizes, some of them empty."""
     cut = [0, rows // 3, rows // 3, rows - 1, rows, rows]
-    parts = [spark.range(a, b, 1, 1) for a, b in zip(cut, cut[1:], strict=False)]
+    parts = [spark.range(a, b, 1, 1) for a, b in pairwise(cut)]
     whole = parts[0]
     for one in parts[1:]:
         whole = whole.union(one)
@@ -72,7 +73,7 @@ class TestSparkInOneWindow(SparkContract):
     window_bytes = 1 << 30
 
 
-# --- values ---------------------------------------------------------------------------------------
+# --- values -------------------------------------------------------------------------------------
 
 
 def whole(frame, **asked):
@@ -162,8 +163,10 @@ def test_the_plan_runs_once(spark, tmp_path):
                 file.write("x" * batch.num_rows)
             yield batch
 
-    frame = spark.range(0, 20, 1, 3).selectExpr("id", "double(id) y").mapInArrow(
-        noted, "id long, y double"
+    frame = (
+        spark.range(0, 20, 1, 3)
+        .selectExpr("id", "double(id) y")
+        .mapInArrow(noted, "id long, y double")
     )
     sharded = adapt(frame, Request(feature_cols=["id"], label_cols=["y"]))
     for epoch in range(3):
@@ -194,7 +197,7 @@ def test_the_schema_and_the_recipe(spark):
     sharded.let_go()
 
 
-# --- what is left behind --------------------------------------------------------------------------
+# --- what is left behind ------------------------------------------------------------------------
 
 
 def test_nothing_is_left(spark):
@@ -223,7 +226,7 @@ def test_a_failing_plan_leaves_nothing_and_is_the_callers_own_error(spark):
     assert spooled_folders(spark) == []
 
 
-# --- what cannot be -------------------------------------------------------------------------------
+# --- what cannot be -----------------------------------------------------------------------------
 
 REFUSED = [
     ("id a", {"feature_cols": None}, ConfigError, r"needs feature_cols=\[…\]"),

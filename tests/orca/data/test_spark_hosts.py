@@ -39,7 +39,8 @@ def ids(sharded, world=2):
     ranks = [sharded.open(rank, world).batches(1000) for rank in range(world)]
     return [int(i) for step in zip(*ranks) for batch in step for i in batch.data[0]]
 def folders(*roots):
-    return [path for root in roots for path in glob.glob(f"{root}/**/bigdl-spool-*", recursive=True)]
+    names = [f"{root}/**/bigdl-spool-*" for root in roots]
+    return [path for name in names for path in glob.glob(name, recursive=True)]
 """
 
 
@@ -109,7 +110,8 @@ def test_two_executors_that_may_not_read_each_others_folders_and_one_is_killed(t
 KILLED = """
 sharded = adapt(frame, asked)
 homes = sorted(sharded.shards.folders)
-guards = [json.load(open(p))["pid"] for p in glob.glob(f"{os.getcwd()}/**/guard.json", recursive=True)]
+found = glob.glob(f"{os.getcwd()}/**/guard.json", recursive=True)
+guards = [json.load(open(path))["pid"] for path in found]
 print(json.dumps([homes, guards]), flush=True)
 os.kill(os.getpid(), signal.SIGKILL)
 """

@@ -73,7 +73,7 @@ def collected(session):
     return within(20, is_gone)
 
 
-# --- known answers --------------------------------------------------------------------------------
+# --- known answers ------------------------------------------------------------------------------
 
 
 def unstable(session, rows=400):
@@ -161,9 +161,7 @@ def test_columns_of_any_type_come_back_as_they_were(spark):
         "interval '1' day i", "double('NaN') nan", "id AS id2",
     )  # fmt: skip
     vectors = spark.createDataFrame([(i, Vectors.dense([i, 1.0])) for i in range(9)], ["vid", "v"])
-    frame = rows.join(vectors, rows.id == vectors.vid).toDF(
-        *rows.columns[:-1], "id", "vid", "v.v"
-    )
+    frame = rows.join(vectors, rows.id == vectors.vid).toDF(*rows.columns[:-1], "id", "vid", "v.v")
     frame = frame.drop("vid")
     found = Estimator.from_torch(Same()).predict(frame, feature_cols=["v.v"])
     assert found.columns == [*frame.columns, "prediction"]
@@ -230,7 +228,7 @@ def test_misuse(spark, same, sql, asked, kind, text):
     assert set(folders(spark)) <= before
 
 
-# --- streams --------------------------------------------------------------------------------------
+# --- streams ------------------------------------------------------------------------------------
 
 
 def test_a_stream_gives_a_stream(spark, same, tmp_path):
@@ -261,7 +259,7 @@ def test_a_stream_whose_arrays_have_no_length(spark, same):
     assert found.dtypes == [("v", "array<bigint>"), ("prediction", "array<bigint>")]
 
 
-# --- training -------------------------------------------------------------------------------------
+# --- training -----------------------------------------------------------------------------------
 
 
 def test_fit_and_evaluate_as_from_pandas(spark):

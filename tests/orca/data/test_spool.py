@@ -1,4 +1,4 @@
-"""Files that tasks spool: who may read them, where they go when memory or disk is full, their end."""
+"""Files that tasks spool: who may read them, where they go when there is no room, their end."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -76,17 +77,19 @@ def ids_of(shards):
 
 
 def guard_pids(*roots):
-    return [json.loads(path.read_text())["pid"] for root in roots for path in root.glob("*/guard.json")]
+    return [
+        json.loads(path.read_text())["pid"] for root in roots for path in root.glob("*/guard.json")
+    ]
 
 
-# --- blocks and files -----------------------------------------------------------------------------
+# --- blocks and files ---------------------------------------------------------------------------
 
 
 def test_rows_of_any_batches_become_even_blocks_in_order(lease, tmp_path, monkeypatch):
     monkeypatch.setattr(spool_write, "BLOCK_BYTES", 8 * 100)
     monkeypatch.setattr(spool_write, "FILE_BYTES", 20_000)
     cuts = [0, 1, 1, 250, 251, 999, 1000, 2345]
-    batches = [batch(a, b) for a, b in zip(cuts, cuts[1:], strict=False)]
+    batches = [batch(a, b) for a, b in pairwise(cuts)]
     shards = shards_of(lease, written(order(lease, tmp_path), 3, batches))
     assert len(shards.shards) > 3
     blocks = shards.blocks()
@@ -139,7 +142,7 @@ def test_several_tasks_of_a_host_have_one_guard(lease, tmp_path):
     assert sorted(ids_of(shards_of(lease, notes))) == list(range(40))
 
 
-# --- memory and disk ------------------------------------------------------------------------------
+# --- memory and disk ----------------------------------------------------------------------------
 
 
 def test_files_are_in_memory_while_half_of_it_stays_free(lease, tmp_path, monkeypatch):
@@ -224,7 +227,7 @@ def test_where_the_application_has_its_directories(tmp_path, monkeypatch, variab
     assert spool_site.local_roots() == expected
 
 
-# --- other hosts ----------------------------------------------------------------------------------
+# --- other hosts --------------------------------------------------------------------------------
 
 READ = """
 import pickle, sys
@@ -282,7 +285,7 @@ def test_an_owner_whose_address_is_not_this_machines():
         Lease("192.0.2.1")
 
 
-# --- ends -----------------------------------------------------------------------------------------
+# --- ends ---------------------------------------------------------------------------------------
 
 
 def test_letting_go_removes_files_and_guards(lease, tmp_path):

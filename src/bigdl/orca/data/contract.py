@@ -7,7 +7,6 @@ part starts at a global row, so that a run can go on there with another number o
 
 from __future__ import annotations
 
-import contextlib
 import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias, runtime_checkable
@@ -18,6 +17,7 @@ from bigdl._base.errors import ConfigError, DataError
 from bigdl._base.trees import Tree, leaves, rows
 
 if TYPE_CHECKING:
+    import contextlib
     from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 __all__ = [

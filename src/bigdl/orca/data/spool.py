@@ -26,7 +26,7 @@ from bigdl._base.errors import DataError
 from bigdl.orca.data.adapters.arrow_values import arrays_of
 from bigdl.orca.data.columns import Columns, Nulls
 from bigdl.orca.data.contract import DEFAULT_BATCH_SIZE, OutputSchema, Schema
-from bigdl.orca.data.spool_lease import call, exactly
+from bigdl.orca.data.spool_lease import call
 from bigdl.orca.data.windows import WINDOW_BYTES, WindowReader
 
 if TYPE_CHECKING:
@@ -266,7 +266,7 @@ class _Remote(io.RawIOBase):
     def __init__(self, shard: Shard, token: str) -> None:
         self._shard, self._at = shard, 0
         self._line = call(shard.guard, token)
-        self._answers = self._line.makefile("rb", buffering=1 << 16)
+        self._answers: Any = self._line.makefile("rb", buffering=1 << 16)
         try:
             self._ask(0, 0)
         except OSError:

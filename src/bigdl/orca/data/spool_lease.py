@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from bigdl._base import wire
 from bigdl._base.errors import ConfigError
 
-__all__ = ["Lease", "Ticket", "call", "exactly"]
+__all__ = ["Lease", "Ticket", "call"]
 
 #: Guards have so long to remove what they keep before the owner goes on without waiting.
 _REMOVAL_S = 10.0
@@ -117,7 +117,7 @@ class Lease:
             wire.settle(line)
             question = wire.nonce()
             line.sendall(question)
-            answer = exactly(line, wire.PROOF_BYTES)
+            answer = _exactly(line, wire.PROOF_BYTES)
         except OSError:
             line.close()
             return
@@ -145,8 +145,8 @@ def call(address: tuple[str, int], token: str) -> socket.socket:
     line = socket.create_connection(address, timeout=_PATIENCE_S)
     try:
         wire.settle(line)
-        line.sendall(_proof(token, exactly(line, wire.NONCE_BYTES)))
-        if exactly(line, 1) != b"+":
+        line.sendall(_proof(token, _exactly(line, wire.NONCE_BYTES)))
+        if _exactly(line, 1) != b"+":
             raise ConnectionError("the guard does not know this token")
         line.settimeout(None)
     except OSError:
@@ -159,7 +159,7 @@ def _proof(token: str, question: bytes) -> bytes:
     return hmac.new(token.encode(), question, hashlib.sha256).digest()
 
 
-def exactly(line: socket.socket, count: int) -> bytes:
+def _exactly(line: socket.socket, count: int) -> bytes:
     """So many bytes.
 
     Raises:

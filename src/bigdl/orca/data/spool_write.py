@@ -241,7 +241,8 @@ class _File:
         buffering = 0 if is_in_memory else 1 << 20
         self.file = os.fdopen(os.open(path, flags, 0o600), "wb", buffering=buffering)
         self.is_in_memory = is_in_memory
-        self._schema, self._writer = schema, None
+        self._schema = schema
+        self._writer: pa.RecordBatchFileWriter | None = None
         self.size, self.rows = 2 * schema.serialize().size, 0  # at the begin and at the end
 
     def reserve(self, size: int) -> bool:

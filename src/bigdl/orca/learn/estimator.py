@@ -184,9 +184,7 @@ class BaseEstimator(Kept):
         self._take(fitted, hung)
         return fitted.rows
 
-    def _against(
-        self, held: contextlib.ExitStack, data: Any, request: Request
-    ) -> Sharded | None:
+    def _against(self, held: contextlib.ExitStack, data: Any, request: Request) -> Sharded | None:
         if data is None:
             return None
         request = replace(request, call="evaluate", shuffle=None, batch_size=None)

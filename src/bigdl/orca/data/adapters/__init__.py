@@ -83,9 +83,10 @@ def adapt(data: Any, request: Request | None = None) -> Sharded:
         DataError: The data cannot be used as asked.
     """
     request = Request() if request is None else request
-    if not isinstance(data, type) and isinstance(data, Sharded):
-        return data
     kind = kind_of(data)
+    # a DataFrame of Spark Connect says yes to whatever attribute it is asked for
+    if kind != "spark" and not isinstance(data, type) and isinstance(data, Sharded):
+        return data
     if kind is None:
         raise ArgumentError(
             f"{request.call}() cannot read a {type(data).__name__}. Give arrays as (features, "

@@ -38,7 +38,9 @@ def arrays_of(table: pa.Table, columns: Columns, nulls: Nulls) -> dict[str, np.n
     }
 
 
-def prepared(table: pa.Table, columns: Columns, nulls: Nulls) -> dict[str, tuple[pa.Array, Column]]:
+def prepared(
+    table: pa.Table, columns: Columns, nulls: Nulls
+) -> dict[str, tuple[pa.Array, Column]]:
     """The columns asked for as ``arrays_of`` gives them, in Arrow's form, each with what it is.
 
     What becomes Python objects (strings for a transform) stays as it is, without its nulls.

@@ -1,4 +1,4 @@
-"""Spark DataFrames: evaluated once, spooled to Arrow files by their own executors, read from there.
+"""Spark DataFrames: evaluated once, spooled to Arrow files by their executors, read from there.
 
 Uses the DataFrame API alone, so it works over Spark Connect too. Columns are handed to tasks by
 their place, never by name: names are the caller's to choose.

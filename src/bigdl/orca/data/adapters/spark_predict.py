@@ -128,7 +128,7 @@ class SparkToPredict:
         return mapped.toDF(*frame.columns, *work.names)
 
 
-# --- what runs in Spark's workers -----------------------------------------------------------------
+# --- what runs in Spark's workers ---------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -226,7 +226,7 @@ def _read_task(
     return task
 
 
-# --- what the caller's process does ---------------------------------------------------------------
+# --- what the caller's process does -------------------------------------------------------------
 
 
 def _over(frame: Any, shards: Shards, work: _Predicting) -> Any:
@@ -310,8 +310,7 @@ def _made_up_column(field: Any, *, is_used: bool) -> pa.Array:
                 f'Say it: df.withMetadata({field.name!r}, {{"ml_attr": {{"num_attrs": 8}}}}).'
             )
         inner = pa.float64() if is_vector else _simple(kind.elementType)
-        zeros = pa.array([[0] * length] * _SAMPLE_ROWS, pa.list_(inner))
-        return zeros
+        return pa.array([[0] * length] * _SAMPLE_ROWS, pa.list_(inner))
     if name in ("string", "varchar", "char"):
         return pa.array([""] * _SAMPLE_ROWS)
     if name == "binary":

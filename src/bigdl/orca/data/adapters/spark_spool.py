@@ -87,6 +87,7 @@ def owner_address(session: Any) -> str:
 def _task(order: bytes) -> Callable[[Iterator[pa.RecordBatch]], Iterator[pa.RecordBatch]]:
     def task(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
         context = TaskContext.get()
+        assert context is not None  # this is a task
         notes = written(pickle.loads(order), context.partitionId(), batches)
         yield pa.RecordBatch.from_arrays([pa.array(notes, pa.string())], names=["note"])
 
