@@ -75,12 +75,13 @@ FOREIGN = {
     "neural_compressor": ("nano/accelerators/neural_compressor.py",),
     "pandas": (
         "orca/data/adapters/pandas*.py",
+        "orca/data/adapters/spark_shards.py",
         "orca/data/frames.py",
         "orca/data/readers.py",  # the line to install
         "orca/data/steps.py",  # and this one
         "testing/xshards.py",
     ),
-    "pyspark": ("orca/data/adapters/spark*.py",),
+    "pyspark": ("orca/data/adapters/spark*.py", "orca/data/xshards.py"),  # the line to install
     "py4j": ("orca/data/adapters/spark*.py",),
     "pyarrow": (
         "orca/data/adapters/arrow*.py",

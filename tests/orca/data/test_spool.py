@@ -59,6 +59,7 @@ def shards_of(lease, notes):
     return Shards(
         shards=tuple(
             Shard(
+                partition=note["partition"],
                 path=note["path"],
                 guard=tuple(note["guard"]),
                 rows=note["rows"],

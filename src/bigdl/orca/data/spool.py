@@ -50,6 +50,7 @@ class Shard:
     """One file.
 
     Args:
+        partition: Which part of the rows it is of.
         path: Where it lies on its host.
         guard: Address and port of who serves it to other hosts.
         rows: Its rows.
@@ -57,6 +58,7 @@ class Shard:
         bytes: Its length.
     """
 
+    partition: int
     path: str
     guard: tuple[str, int]
     rows: int

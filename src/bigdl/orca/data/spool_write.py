@@ -218,7 +218,7 @@ class _Writer:
     def _close(self) -> None:
         assert self._file is not None
         rows, size = self._file.end()
-        self._file = None
+        nulls, self._file = self._file.nulls, None
         self.notes.append(
             {
                 "partition": self.partition,
@@ -228,6 +228,7 @@ class _Writer:
                 "rows": rows,
                 "block_rows": self._block_rows,
                 "bytes": size,
+                "null_counts": nulls,
                 "columns": [[one.name, one.dtype, one.shape] for one in self.described or ()],
             }
         )
@@ -244,6 +245,7 @@ class _File:
         self._schema = schema
         self._writer: pa.RecordBatchFileWriter | None = None
         self.size, self.rows = 2 * schema.serialize().size, 0  # at the begin and at the end
+        self.nulls = [0] * len(schema)
 
     def reserve(self, size: int) -> bool:
         """Set so much aside in memory, and what ends the file; whether there is that much."""
@@ -255,6 +257,10 @@ class _File:
         self._writer.write_batch(batch)
         self.size += batch.nbytes + _heads(batch.schema)
         self.rows += batch.num_rows
+        self.nulls = [
+            count + column.null_count
+            for count, column in zip(self.nulls, batch.columns, strict=True)
+        ]
 
     def end(self) -> tuple[int, int]:
         """Rows and bytes."""

@@ -18,7 +18,7 @@ from bigdl._base.errors import ConfigError, DataError
 from bigdl._base.trees import map_leaves
 from bigdl.orca.data.adapters.arrow_values import arrays_of, prepared
 from bigdl.orca.data.adapters.spark_keeping import keep
-from bigdl.orca.data.adapters.spark_spool import by_place, spool
+from bigdl.orca.data.adapters.spark_spool import arrow_type, by_place, spool
 from bigdl.orca.data.columns import Columns, Nulls
 from bigdl.orca.data.contract import DEFAULT_BATCH_SIZE, OutputSchema, Schema
 from bigdl.orca.data.memory import Shaping, as_numpy, batch_of, each_batch
@@ -309,19 +309,13 @@ def _made_up_column(field: Any, *, is_used: bool) -> pa.Array:
                 f"How long the arrays in {field.name!r} are is not known before a stream flows. "
                 f'Say it: df.withMetadata({field.name!r}, {{"ml_attr": {{"num_attrs": 8}}}}).'
             )
-        inner = pa.float64() if is_vector else _simple(kind.elementType)
+        inner = pa.float64() if is_vector else arrow_type(kind.elementType)
         return pa.array([[0] * length] * _SAMPLE_ROWS, pa.list_(inner))
     if name in ("string", "varchar", "char"):
         return pa.array([""] * _SAMPLE_ROWS)
     if name == "binary":
         return pa.array([b""] * _SAMPLE_ROWS)
-    return pa.array([0] * _SAMPLE_ROWS, pa.int64()).cast(_simple(kind))
-
-
-def _simple(kind: Any) -> pa.DataType:
-    from pyspark.sql.pandas.types import to_arrow_type
-
-    return to_arrow_type(kind)
+    return pa.array([0] * _SAMPLE_ROWS, pa.int64()).cast(arrow_type(kind))
 
 
 def _schema_of(frame: Any, work: _Predicting) -> Any:

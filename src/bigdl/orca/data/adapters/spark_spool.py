@@ -9,10 +9,12 @@ import json
 import pickle
 import secrets
 from dataclasses import dataclass
+from inspect import signature
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 from pyspark import TaskContext
+from pyspark.sql.pandas.types import to_arrow_type
 
 from bigdl._base.errors import DataError
 from bigdl.orca.data.columns import Nulls
@@ -27,7 +29,7 @@ if TYPE_CHECKING:
 
     from bigdl.orca.data.spool_write import Converter
 
-__all__ = ["Spooled", "by_place", "owner_address", "spool"]
+__all__ = ["Spooled", "arrow_type", "by_place", "owner_address", "spool", "spooled"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,10 +39,12 @@ class Spooled:
     Args:
         shards: The files.
         columns: What models get of each column; empty if there are no rows.
+        nulls: In each column that was written; empty if there are no rows.
     """
 
     shards: Shards
     columns: list[Column]
+    nulls: list[int]
 
 
 def spool(frame: Any, convert: Converter, places: Sequence[int] | None = None) -> Spooled:
@@ -62,7 +66,7 @@ def spool(frame: Any, convert: Converter, places: Sequence[int] | None = None) -
         if places is not None:
             wanted = wanted.select(*[f"c{place}" for place in places])
         notes = _collected(wanted.mapInArrow(_task(dumps(order)), "note string"))
-        found = _spooled(notes, lease)
+        found = spooled(notes, lease)
     except BaseException:
         lease.close()
         raise
@@ -73,6 +77,13 @@ def spool(frame: Any, convert: Converter, places: Sequence[int] | None = None) -
 def by_place(frame: Any) -> Any:
     """The same rows with columns ``c0``, ``c1``, …"""
     return frame.toDF(*[f"c{i}" for i in range(len(frame.columns))])
+
+
+def arrow_type(kind: Any, zone: str = "UTC") -> pa.DataType:
+    """Arrow's type for one of Spark's."""
+    if "timezone" in signature(to_arrow_type).parameters:  # since Spark 4
+        return to_arrow_type(kind, timezone=zone)
+    return to_arrow_type(kind)
 
 
 def owner_address(session: Any) -> str:
@@ -111,7 +122,7 @@ def _collected(frame: Any) -> list[dict[str, Any]]:
             session.removeTag(tag)
 
 
-def _spooled(notes: list[dict[str, Any]], lease: Lease) -> Spooled:
+def spooled(notes: list[dict[str, Any]], lease: Lease) -> Spooled:
     """What the notes say.
 
     Raises:
@@ -135,6 +146,7 @@ def _spooled(notes: list[dict[str, Any]], lease: Lease) -> Spooled:
     shards = Shards(
         shards=tuple(
             Shard(
+                partition=note["partition"],
                 path=note["path"],
                 guard=(note["guard"][0], note["guard"][1]),
                 rows=note["rows"],
@@ -146,7 +158,8 @@ def _spooled(notes: list[dict[str, Any]], lease: Lease) -> Spooled:
         token=lease.ticket.token,
         lease=lease,
     )
-    return Spooled(shards=held(shards), columns=columns)
+    counts = [sum(one) for one in zip(*(note["null_counts"] for note in files), strict=True)]
+    return Spooled(shards=held(shards), columns=columns, nulls=counts)
 
 
 def _agreed(described: list[list[list[Any]]]) -> list[Column]:
