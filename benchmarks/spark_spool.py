@@ -209,9 +209,7 @@ def main() -> None:
     found: dict[str, Any] = {"rows": asked.rows, "wide_rows": asked.wide_rows, "goals": GOALS}
     with tempfile.TemporaryDirectory() as folder:
         spark = session(folder)
-        for name, (table, features) in tables(
-            spark, folder, asked.rows, asked.wide_rows
-        ).items():
+        for name, (table, features) in tables(spark, folder, asked.rows, asked.wide_rows).items():
             handed_over(table)  # the first pass of a session starts its workers
             rounds = [round_of(table, features, folder) for _ in range(asked.rounds)]
             found[name] = {

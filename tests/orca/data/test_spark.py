@@ -176,7 +176,7 @@ def test_the_plan_runs_once(spark, tmp_path):
     assert len(Path(log).read_text()) == 20
 
 
-@pytest.mark.parametrize("count", [100, pytest.param(1000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("count", [40, pytest.param(1000, marks=pytest.mark.slow)])
 def test_many_tiny_partitions(spark, count):
     """Some of them empty. (Spark itself takes tens of milliseconds for each.)"""
     frame = spark.range(0, 2 * count, 1, count).filter("id % 6 != 0").selectExpr("id a")
@@ -272,3 +272,20 @@ def test_a_stream_is_refused(spark):
     frame = spark.readStream.format("rate").load().selectExpr("value a", "value b")
     with pytest.raises(ConfigError, match=r"fit\(\) cannot use a stream"):
         adapt(frame, Request(feature_cols=["a"], label_cols=["b"]))
+
+
+def test_workers_without_bigdl_are_said_so(spark, monkeypatch):
+    from bigdl.errors import ContextError
+    from bigdl.orca.data.adapters import spark_spool
+
+    def task(order):
+        def fail(batches):
+            yield from batches
+            raise ModuleNotFoundError("No module named 'bigdl'")
+
+        return fail
+
+    monkeypatch.setattr(spark_spool, "_task", task)
+    frame = spark.range(3).selectExpr("'x' note", "id one")
+    with pytest.raises(ContextError, match="PYSPARK_PYTHON="):
+        adapt(frame, Request(feature_cols=["note"], label_cols=["one"]))

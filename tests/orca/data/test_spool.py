@@ -367,3 +367,66 @@ def test_an_owner_that_was_gone_before_leaves_no_guard(tmp_path, monkeypatch):
     with pytest.raises(DataError, match="cannot be reached from this executor"):
         written(order(lease, tmp_path), 0, [batch(0, 5)])
     assert within(5, lambda: not list(tmp_path.iterdir()))
+
+
+# --- more rows than memory ------------------------------------------------------------------
+
+LARGE = """
+import json, pickle, sys
+import numpy as np, pyarrow as pa
+from bigdl.orca.data.adapters.spark_spool import spooled
+from bigdl.orca.data.columns import Columns
+from bigdl.orca.data.memory import Shaping
+from bigdl.orca.data.spool import SpooledRows
+from bigdl.orca.data.spool_lease import Lease
+from bigdl.orca.data.spool_write import Converted, Order, written
+
+def own():  # bytes of this process' own; mapped files can be taken back at any time
+    lines = open("/proc/self/status").read().splitlines()
+    return 1024 * sum(int(line.split()[1]) for line in lines if line.startswith("RssAnon"))
+
+peak = [0]
+def rows():
+    for i in range(200):
+        peak[0] = max(peak[0], own())
+        yield pa.record_batch({"id": np.arange(10_000) + 10_000 * i, "y": np.zeros(10_000)})
+        for _ in range(9):
+            yield pa.record_batch({"id": np.full(10_000, -1), "y": np.zeros(10_000)})
+
+lease = Lease()
+convert = pickle.load(sys.stdin.buffer)
+order = Order(ticket=lease.ticket, convert=convert, roots=(sys.argv[1],), in_memory=False)
+before = own()
+notes = [json.loads(note) for note in written(order, 0, rows())]
+wrote = peak[0] - before
+shards = spooled(notes, lease).shards
+source = SpooledRows(
+    shards=shards, columns=Columns(features=("id",), labels=("y",), fill={}, free=frozenset()),
+    schema=None, shaping=Shaping(has_labels=True), window_bytes=16 << 20,
+)
+before, peak, total, ids = own(), 0, 0, 0
+for number, batch in enumerate(source.open(0, 1).batches(4096, seed=1)):
+    total += batch.rows
+    found = batch.data[0]
+    ids += int(found[found >= 0].sum())
+    if number % 50 == 0:
+        peak = max(peak, own())
+print(json.dumps([sum(shard.bytes for shard in shards.shards), wrote, peak - before, total, ids]))
+lease.close()
+"""
+
+
+def test_writing_and_reading_take_memory_for_a_window_and_not_for_all(tmp_path):
+    pytest.importorskip("pyspark")
+    from bigdl._base.workers import dumps
+
+    done = subprocess.run(
+        [sys.executable, "-c", LARGE, str(tmp_path)],
+        input=dumps(AsTheyAre()), capture_output=True, timeout=200, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr.decode()[-2000:]
+    size, wrote, read, rows, ids = json.loads(done.stdout)
+    assert size > 300 << 20
+    assert (rows, ids) == (20_000_000, sum(range(2_000_000)))
+    assert wrote < 48 << 20
+    assert read < 3 * (16 << 20) + (24 << 20)

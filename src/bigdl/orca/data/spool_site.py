@@ -35,6 +35,8 @@ FILE_BYTES = 64 << 20
 _SHM = "/dev/shm"
 _PART_OF_FREE_MEMORY = 0.5
 _PATIENCE_S = 30.0
+#: Other tasks write too, so one looks again; a look costs as much as half a block.
+_LOOK_EVERY_S = 0.2
 _BOOT = "import sys; exec(compile(sys.stdin.buffer.read(), 'spool_guard', 'exec'))"
 
 
@@ -63,6 +65,7 @@ class Site:
         self.guard: tuple[str, int] = (said["address"][0], said["address"][1])
         self._in_memory = [one for one in said["folders"] if shm and one.startswith(f"{shm}/")]
         self._on_disk = [one for one in said["folders"] if one not in self._in_memory]
+        self._looked, self._room = -_LOOK_EVERY_S, 0.0
 
     def in_memory(self, name: str, size: int) -> str | None:
         """Path of a new file that may grow by so many bytes; None if there is no room."""
@@ -77,13 +80,17 @@ class Site:
 
     def has_room(self, size: int) -> bool:
         """Whether files in memory, with ``size`` more, leave as much memory free as they take."""
-        used = sum(
-            entry.stat().st_blocks * 512
-            for folder in self._in_memory
-            for entry in os.scandir(folder)
-        )
-        free = machine.available_memory_bytes()
-        return used + size <= (free + used) * _PART_OF_FREE_MEMORY
+        now = time.monotonic()
+        if now - self._looked > _LOOK_EVERY_S:
+            used = sum(
+                entry.stat().st_blocks * 512
+                for folder in self._in_memory
+                for entry in os.scandir(folder)
+            )
+            free = machine.available_memory_bytes()
+            self._looked, self._room = now, (free + used) * _PART_OF_FREE_MEMORY - used
+        self._room -= size
+        return self._room >= 0
 
     def mark_failed(self) -> None:
         """Tell the other tasks of this host that there is no use in going on."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import pickle
 import secrets
+import sys
 from dataclasses import dataclass
 from inspect import signature
 from typing import TYPE_CHECKING, Any
@@ -16,7 +17,7 @@ import pyarrow as pa
 from pyspark import TaskContext
 from pyspark.sql.pandas.types import to_arrow_type
 
-from bigdl._base.errors import DataError
+from bigdl._base.errors import ContextError, DataError
 from bigdl.orca.data.columns import Nulls
 from bigdl.orca.data.contract import Column
 from bigdl.orca.data.spool import Shard, Shards, held
@@ -113,9 +114,15 @@ def _collected(frame: Any) -> list[dict[str, Any]]:
         session.addTag(tag)
     try:
         return [json.loads(row[0]) for row in frame.collect()]
-    except BaseException:
+    except BaseException as exc:
         if has_tags:
             session.interruptTag(tag)
+        if "No module named 'bigdl'" in str(exc):
+            raise ContextError(
+                "The Python workers of this Spark session cannot import bigdl. Start the session "
+                "by init_orca_context(runtime='spark'), which sends it along; or set "
+                f"PYSPARK_PYTHON={sys.executable} in the environment before it starts."
+            ) from exc
         raise
     finally:
         if has_tags:
