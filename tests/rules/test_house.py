@@ -87,6 +87,7 @@ SCOPED: dict[str, set[str]] = {
     "nano/pytorch/plan/process.py": {"set_num_threads"},
     "nano/pytorch/inference/smoke.py": {"torch.manual_seed"},
     "nano/pytorch/inference/trial.py": {"set_num_threads"},
+    "orca/data/spool_guard.py": {"os.chdir", "signal.signal"},  # a process of its own
     "orca/engines/local_worker.py": {"os.chdir"},
     "testing/accelerator.py": {"torch.manual_seed"},
 }

@@ -75,13 +75,18 @@ FOREIGN = {
     "neural_compressor": ("nano/accelerators/neural_compressor.py",),
     "pandas": (
         "orca/data/adapters/pandas*.py",
+        "orca/data/adapters/spark_shards.py",
         "orca/data/frames.py",
         "orca/data/readers.py",  # the line to install
         "orca/data/steps.py",  # and this one
         "testing/xshards.py",
     ),
+    "pyspark": ("orca/data/adapters/spark*.py", "orca/data/xshards.py"),  # the line to install
+    "py4j": ("orca/data/adapters/spark*.py",),
     "pyarrow": (
         "orca/data/adapters/arrow*.py",
+        "orca/data/adapters/spark*.py",
+        "orca/data/spool*.py",
         "orca/data/adapters/parquet.py",
         "orca/data/adapters/__init__.py",  # the line to install
         "orca/data/readers.py",  # and this one

@@ -101,7 +101,7 @@ MISUSE = [
     (lambda s: s.to_spark_df(), ContextError, "runtime='spark'"),
     (lambda s: s.to_rdd(), ContextError, "runtime='spark'"),
     (lambda s: s.to_ray_dataset(), ContextError, "runtime='ray'"),
-    (lambda s: XShards.from_spark_df(table()), ContextError, "runtime='spark'"),
+    (lambda s: XShards.from_spark_df(table()), ArgumentError, "needs a Spark DataFrame"),
     (lambda s: XShards.from_rdd(None), ContextError, "runtime='spark'"),
     (lambda s: XShards.from_ray_dataset(None), ContextError, "runtime='ray'"),
 ]

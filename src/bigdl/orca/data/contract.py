@@ -17,6 +17,7 @@ from bigdl._base.errors import ConfigError, DataError
 from bigdl._base.trees import Tree, leaves, rows
 
 if TYPE_CHECKING:
+    import contextlib
     from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 __all__ = [
@@ -29,6 +30,7 @@ __all__ = [
     "Schema",
     "Sharded",
     "checked_rows",
+    "held_by",
     "part",
 ]
 
@@ -250,6 +252,17 @@ class Request:
         given = [name for name in names if getattr(self, name) is not None]
         if given:
             raise ConfigError(f"{self.call}() got {', '.join(given)} beside {kind}. {why}")
+
+
+def held_by(stack: contextlib.ExitStack, source: Sharded) -> Sharded:
+    """``source``, which lets go of what it keeps for a call at the end of that call.
+
+    A recipe that keeps files for a call has a method ``let_go``.
+    """
+    let_go = getattr(source, "let_go", None)
+    if let_go is not None:
+        stack.callback(let_go)
+    return source
 
 
 def part(total: int, rank: int, world: int) -> tuple[int, int]:

@@ -6,12 +6,14 @@ when values are asked for.
 
 from __future__ import annotations
 
+import importlib
 import numbers
 import secrets
 from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
 from bigdl._base.calls import Gone, Renamed, answers, shown
 from bigdl._base.errors import ArgumentError, ConfigError, ContextError, DataError
+from bigdl._base.optional import need
 from bigdl._base.registry import nearest
 from bigdl.orca.context import current_engine
 from bigdl.orca.data import rows, steps, storing
@@ -312,14 +314,31 @@ class XShards:
 
     # --- other systems ---
 
-    def to_spark_df(self) -> NoReturn:
-        """A Spark DataFrame of the rows; needs a context on Spark."""
-        raise _needs("to_spark_df", "Spark", self._engine)
+    def to_spark_df(self) -> Any:
+        """A DataFrame of the running Spark session with the rows of frames; this runs the plan.
+
+        Rows are in order, without the frames' indexes; types, nulls and microseconds are kept.
+
+        Raises:
+            ContextError: There is no Spark session.
+            DataError: Shards that are no frames, or do not fit each other.
+        """
+        need("pyspark", extra="spark", purpose="to_spark_df()")
+        return _spark().frame_of(self._engine, self._plan)
 
     @staticmethod
-    def from_spark_df(df: Any) -> NoReturn:
-        """Shards of the rows of a Spark DataFrame; needs a context on Spark."""
-        raise _needs("from_spark_df", "Spark", current_engine())
+    def from_spark_df(df: Any) -> XShards:
+        """Shards of pandas frames, one for each partition of a Spark DataFrame that has rows.
+
+        The DataFrame is evaluated once, now; its rows lie in files until nothing is made of
+        these shards any more.
+
+        Raises:
+            ArgumentError: It is no DataFrame of Spark's.
+            ConfigError: It is a stream.
+        """
+        need("pyspark", extra="spark", purpose="from_spark_df()")
+        return XShards(current_engine(), _spark().plan_of(df))
 
     def to_rdd(self) -> NoReturn:
         """A Spark RDD of the shards; needs a context on Spark."""
@@ -393,6 +412,10 @@ class XShards:
 def opened(shards: XShards) -> tuple[Engine, Plan]:
     """Where shards are, and how they come about; for what reads them elsewhere in this house."""
     return shards._engine, shards._plan
+
+
+def _spark() -> Any:
+    return importlib.import_module("bigdl.orca.data.adapters.spark_shards")
 
 
 def _number(call: str, name: str, value: Any) -> int:

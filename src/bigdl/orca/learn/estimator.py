@@ -5,6 +5,7 @@ A face (``bigdl.orca.learn.pytorch``, …) makes the program and puts its words 
 
 from __future__ import annotations
 
+import contextlib
 from copy import copy
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal, Self
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 from bigdl._base.live import LiveLine
 from bigdl.orca.context import current_engine
 from bigdl.orca.data.adapters import adapt
-from bigdl.orca.data.contract import DEFAULT_BATCH_SIZE, Request
+from bigdl.orca.data.contract import DEFAULT_BATCH_SIZE, Request, held_by
 from bigdl.orca.learn.callbacks import Progress
 from bigdl.orca.learn.checks import check_fit, checked_workers
 from bigdl.orca.learn.explain import Explanation, explain
@@ -82,8 +83,9 @@ class BaseEstimator(Kept):
         """Train for further epochs; the caller's model holds the trained weights afterwards.
 
         Args:
-            data: ``(features, labels)`` as arrays, a table, Parquet files, a DataLoader, a
-                Dataset, or a function ``(config, batch_size)`` that makes a loader.
+            data: ``(features, labels)`` as arrays, a table (pandas, Arrow, Spark), Parquet files,
+                shards, a DataLoader, a Dataset, or a function ``(config, batch_size)`` that
+                makes a loader.
             epochs: Further epochs; the rest of a broken one counts as one.
             batch_size: Rows of a global batch, which the workers share; None = 32.
             feature_cols: Columns of a table, in the order of the model's inputs.
@@ -141,50 +143,52 @@ class BaseEstimator(Kept):
             shuffle=shuffle,
             config=getattr(self._program, "config", None),
         )
-        job = Job(
-            program=self._program,
-            data=adapt(data, request),
-            validation=self._against(validation_data, request),
-            options=Options(
-                accumulation_steps=accumulation_steps,
-                clip_norm=clip_norm,
-                clip_value=clip_value,
-                precision=precision,
-                sync=sync,
-                max_steps=max_steps,
-            ),
-            epochs=epochs,
-            size=batch_size or DEFAULT_BATCH_SIZE,
-            seed=None if shuffle is False else seed,
-            streams_seed=seed,
-            start=self._cursor,
-            state=self._present(),
-            validate_every=validate_every,
-            validate_every_steps=validate_every_steps,
-            callbacks=tuple(hung),
-        )
-        line = ProgressLine(
-            epochs=epochs,
-            first=self.epoch + 1,
-            rows=job.data.rows,
-            is_asked=any(isinstance(one, Progress) for one in hung),
-        )
-        with line as progress:
-            fitted = fit(
-                engine,
-                job,
-                workers=lambda: self._number(engine),
-                max_failures=max_failures,
-                hang_timeout_s=hang_timeout_s,
-                on_event=progress.heard,
+        with contextlib.ExitStack() as held:
+            job = Job(
+                program=self._program,
+                data=held_by(held, adapt(data, request)),
+                validation=self._against(held, validation_data, request),
+                options=Options(
+                    accumulation_steps=accumulation_steps,
+                    clip_norm=clip_norm,
+                    clip_value=clip_value,
+                    precision=precision,
+                    sync=sync,
+                    max_steps=max_steps,
+                ),
+                epochs=epochs,
+                size=batch_size or DEFAULT_BATCH_SIZE,
+                seed=None if shuffle is False else seed,
+                streams_seed=seed,
+                start=self._cursor,
+                state=self._present(),
+                validate_every=validate_every,
+                validate_every_steps=validate_every_steps,
+                callbacks=tuple(hung),
             )
+            line = ProgressLine(
+                epochs=epochs,
+                first=self.epoch + 1,
+                rows=job.data.rows,
+                is_asked=any(isinstance(one, Progress) for one in hung),
+            )
+            with line as progress:
+                fitted = fit(
+                    engine,
+                    job,
+                    workers=lambda: self._number(engine),
+                    max_failures=max_failures,
+                    hang_timeout_s=hang_timeout_s,
+                    on_event=progress.heard,
+                )
         self._take(fitted, hung)
         return fitted.rows
 
-    def _against(self, data: Any, request: Request) -> Sharded | None:
+    def _against(self, held: contextlib.ExitStack, data: Any, request: Request) -> Sharded | None:
         if data is None:
             return None
-        return adapt(data, replace(request, call="evaluate", shuffle=None, batch_size=None))
+        request = replace(request, call="evaluate", shuffle=None, batch_size=None)
+        return held_by(held, adapt(data, request))
 
     def _take(self, fitted: Fitted, callbacks: Sequence[Callback]) -> None:
         self._program.take(fitted.state)
@@ -226,15 +230,16 @@ class BaseEstimator(Kept):
             batch_size=batch_size,
             config=getattr(self._program, "config", None),
         )
-        return evaluate(
-            engine,
-            self._program,
-            adapt(data, request),
-            workers=self._number(engine),
-            size=batch_size or DEFAULT_BATCH_SIZE,
-            options=Options(precision=precision),
-            state=self._present(),
-        )
+        with contextlib.ExitStack() as held:
+            return evaluate(
+                engine,
+                self._program,
+                held_by(held, adapt(data, request)),
+                workers=self._number(engine),
+                size=batch_size or DEFAULT_BATCH_SIZE,
+                options=Options(precision=precision),
+                state=self._present(),
+            )
 
     def predict(
         self,
@@ -336,17 +341,18 @@ class BaseEstimator(Kept):
             shuffle=shuffle,
             config=getattr(self._program, "config", None),
         )
-        job = Job(
-            program=self._program,
-            data=adapt(data, request),
-            options=Options(accumulation_steps=accumulation_steps, precision=precision),
-            size=batch_size or DEFAULT_BATCH_SIZE,
-            seed=None if shuffle is False else seed,
-            streams_seed=seed,
-            state=self._present(),
-        )
-        with LiveLine() as line:
-            return explain(engine, job, say=lambda what: line.show(f"explain: {what} …"))
+        with contextlib.ExitStack() as held:
+            job = Job(
+                program=self._program,
+                data=held_by(held, adapt(data, request)),
+                options=Options(accumulation_steps=accumulation_steps, precision=precision),
+                size=batch_size or DEFAULT_BATCH_SIZE,
+                seed=None if shuffle is False else seed,
+                streams_seed=seed,
+                state=self._present(),
+            )
+            with LiveLine() as line:
+                return explain(engine, job, say=lambda what: line.show(f"explain: {what} …"))
 
     # --- inside ---
 

@@ -6,12 +6,14 @@ pieces of work that follow.
 
 from __future__ import annotations
 
+import pickle
 import secrets
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from bigdl._base.collective.alone import Alone
 from bigdl.orca.data.contract import OutputSchema
+from bigdl.orca.engines.pickling import dumps
 from bigdl.orca.learn.program import Options, ReplicaContext
 
 if TYPE_CHECKING:
@@ -92,11 +94,31 @@ class _Model:
     name: str = field(default_factory=lambda: secrets.token_hex(8))
 
     def __call__(self, features: Tree) -> Tree:
-        replica = _built.get(self.name)
-        if replica is None:
-            _built.clear()  # one at a time: they may be large
-            replica = _built[self.name] = self.recipe.get().build()
-        return replica.predict(features)
+        return _replica(self.name, self.recipe.get).predict(features)
+
+    def by_value(self) -> _Carried:
+        """The same for processes that are not the engine's: what builds the model goes along."""
+        return _Carried(dumps(self.recipe.get()), self.name)
+
+
+@dataclass(frozen=True)
+class _Carried:
+    """As ``_Model``, without an engine."""
+
+    recipe: bytes
+    name: str
+
+    def __call__(self, features: Tree) -> Tree:
+        return _replica(self.name, lambda: pickle.loads(self.recipe)).predict(features)
 
 
 _built: dict[str, Replica] = {}
+
+
+def _replica(name: str, recipe: Callable[[], _Recipe]) -> Replica:
+    """This process' own, built if it is not there."""
+    replica = _built.get(name)
+    if replica is None:
+        _built.clear()  # one at a time: they may be large
+        replica = _built[name] = recipe().build()
+    return replica

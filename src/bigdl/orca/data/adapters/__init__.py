@@ -28,6 +28,7 @@ ADAPTERS: Registry[Callable[[Any, Request], Sharded]] = Registry(
         "parquet": "bigdl.orca.data.adapters.parquet:adapt_files",
         "dataloader": "bigdl.orca.data.adapters.dataloader:adapt_loader",
         "dataset": "bigdl.orca.data.adapters.dataloader:adapt_dataset",
+        "spark": "bigdl.orca.data.adapters.spark:adapt_frame",
         "shards": "bigdl.orca.data.adapters.shards:adapt_shards",
         "creator": "bigdl.orca.data.adapters.creator:adapt_creator",
     },
@@ -39,6 +40,10 @@ _CLASSES: dict[str, tuple[tuple[str, str], ...]] = {
     "dataset": (("torch.utils.data", "Dataset"),),
     "pandas": (("pandas", "DataFrame"),),
     "arrow": (("pyarrow", "Table"), ("pyarrow", "RecordBatch")),
+    "spark": (
+        ("pyspark.sql.dataframe", "DataFrame"),  # all of them, since Spark 4
+        ("pyspark.sql.connect.dataframe", "DataFrame"),
+    ),
     "shards": (("bigdl.orca.data.xshards", "XShards"),),
     "arrays": (("numpy", "ndarray"), ("torch", "Tensor")),
 }
@@ -78,15 +83,16 @@ def adapt(data: Any, request: Request | None = None) -> Sharded:
         DataError: The data cannot be used as asked.
     """
     request = Request() if request is None else request
-    if not isinstance(data, type) and isinstance(data, Sharded):
-        return data
     kind = kind_of(data)
+    # a DataFrame of Spark Connect says yes to whatever attribute it is asked for
+    if kind != "spark" and not isinstance(data, type) and isinstance(data, Sharded):
+        return data
     if kind is None:
         raise ArgumentError(
             f"{request.call}() cannot read a {type(data).__name__}. Give arrays as (features, "
-            "labels), a pandas DataFrame, a pyarrow Table, a path of Parquet files, XShards, a "
-            "DataLoader, a Dataset, or a function (config, batch_size) that makes one of these "
-            "two."
+            "labels), a pandas or Spark DataFrame, a pyarrow Table, a path of Parquet files, "
+            "XShards, a DataLoader, a Dataset, or a function (config, batch_size) that makes one "
+            "of these two."
         )
     if kind == "parquet":
         need("pyarrow", extra="spark", purpose="Reading Parquet files")

@@ -13,13 +13,17 @@ from bigdl.orca.data.columns import from_cells, narrowed
 from bigdl.orca.data.contract import Column
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from bigdl.orca.data.columns import Columns, Nulls
 
-__all__ = ["array_column", "arrays_of", "described"]
+__all__ = ["array_column", "arrays_of", "described", "prepared"]
 
 _TIMES = (pa.types.is_timestamp, pa.types.is_date)
 _SPANS = (pa.types.is_duration, pa.types.is_time)
 _LISTS = (pa.types.is_list, pa.types.is_large_list, pa.types.is_fixed_size_list)
+#: The parts of one of Spark ML's vectors; type 0 is sparse, 1 is dense.
+_VECTOR = ("type", "size", "indices", "values")
 
 
 def arrays_of(table: pa.Table, columns: Columns, nulls: Nulls) -> dict[str, np.ndarray]:
@@ -28,20 +32,46 @@ def arrays_of(table: pa.Table, columns: Columns, nulls: Nulls) -> dict[str, np.n
     Raises:
         DataError: Nulls without ``fill``, or values that no model takes as they are.
     """
+    return {
+        name: _array(whole, name, is_free=name in columns.free)
+        for name, whole in _without_nulls(table, columns, nulls)
+    }
+
+
+def prepared(
+    table: pa.Table, columns: Columns, nulls: Nulls
+) -> dict[str, tuple[pa.Array, Column]]:
+    """The columns asked for as ``arrays_of`` gives them, in Arrow's form, each with what it is.
+
+    What becomes Python objects (strings for a transform) stays as it is, without its nulls.
+
+    Raises:
+        DataError: As ``arrays_of``.
+    """
+    found = {}
+    for name, whole in _without_nulls(table, columns, nulls):
+        values = _array(whole, name, is_free=name in columns.free)
+        column = Column(name=str(name), dtype=str(values.dtype), shape=values.shape[1:])
+        found[name] = (whole if values.dtype.kind == "O" else _tensors(values)), column
+    return found
+
+
+def _without_nulls(
+    table: pa.Table, columns: Columns, nulls: Nulls
+) -> Iterator[tuple[str, pa.Array]]:
+    """Each column, its nulls filled."""
     chosen = {name: table.column(name) for name in columns.names}
     for name, column in chosen.items():
         if column.null_count and name not in columns.fill:
             nulls.add(name, column.null_count)
     nulls.check()
-    arrays = {}
     for name, column in chosen.items():
         if column.null_count:
             column = _filled(column, name, columns.fill[name])
         whole = column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
         if isinstance(whole, pa.ChunkedArray):  # older versions, and more than 2 GB of strings
             whole = pa.concat_arrays(whole.chunks) if whole.num_chunks else whole
-        arrays[name] = _array(whole, name, is_free=name in columns.free)
-    return arrays
+        yield name, whole
 
 
 def _filled(column: pa.ChunkedArray, name: str, value: Any) -> pa.ChunkedArray:
@@ -91,7 +121,13 @@ def _array(column: pa.Array, name: str, *, is_free: bool) -> np.ndarray:
         return _whole(pc.cast(column, span, safe=False))
     if any(is_list(kind) for is_list in _LISTS):
         return _lists(column, name)
+    if pa.types.is_struct(kind) and tuple(field.name for field in kind) == _VECTOR:
+        return _vectors(column, name)
     values = column.to_numpy(zero_copy_only=False)
+    if pa.types.is_map(kind) and not is_free:
+        raise DataError(
+            f"Column {name!r} holds maps, which no model takes as they are. Give a transform."
+        )
     if values.dtype.kind == "O":
         return from_cells(values, name, is_free=is_free)
     return narrowed(values, name)
@@ -127,6 +163,33 @@ def _lists(column: pa.Array, name: str) -> np.ndarray:
     return values.reshape(len(column), int(lengths[0]), *values.shape[1:])
 
 
+def _vectors(column: pa.Array, name: str) -> np.ndarray:
+    """Spark ML's vectors, dense and sparse, as an array (rows, length) of float64."""
+    is_dense = column.field("type").to_numpy(zero_copy_only=False) == 1
+    values, indices = column.field("values"), column.field("indices")
+    stored = pc.fill_null(pc.list_value_length(values), 0).to_numpy(zero_copy_only=False)
+    sizes = pc.fill_null(column.field("size"), 0).to_numpy(zero_copy_only=False)
+    lengths = np.where(is_dense, stored, sizes)
+    different = np.flatnonzero(lengths != lengths[0]) if len(lengths) else lengths
+    if len(different):
+        row = int(different[0])
+        raise DataError(
+            f"Column {name!r} holds vectors of length {int(lengths[0])} (row 0) and of length "
+            f"{int(lengths[row])} (row {row}); a model needs one fixed length."
+        )
+    width = int(lengths[0]) if len(lengths) else 0
+    found = np.zeros((len(column), width))
+    if is_dense.any():
+        dense = values.filter(pa.array(is_dense)).flatten().to_numpy(zero_copy_only=False)
+        found[is_dense] = dense.reshape(-1, width)
+    if not is_dense.all():
+        sparse = pa.array(~is_dense)
+        rows = np.repeat(np.flatnonzero(~is_dense), stored[~is_dense])
+        places = indices.filter(sparse).flatten().to_numpy(zero_copy_only=False)
+        found[rows, places] = values.filter(sparse).flatten().to_numpy(zero_copy_only=False)
+    return found
+
+
 def described(name: str, kind: pa.DataType) -> Column | None:
     """What ``arrays_of`` makes of a column; None if only its values tell."""
     shape: tuple[int, ...] = ()
@@ -155,6 +218,14 @@ def array_column(values: np.ndarray) -> pa.Array:
         values = values[:, 0]
     if values.ndim <= 1:
         return pa.array(values)
+    column = pa.array(np.ascontiguousarray(values).reshape(-1))
+    for length in reversed(values.shape[1:]):
+        column = pa.FixedSizeListArray.from_arrays(column, length)
+    return column
+
+
+def _tensors(values: np.ndarray) -> pa.Array:
+    """An array of numbers as a column of the same shape and type."""
     column = pa.array(np.ascontiguousarray(values).reshape(-1))
     for length in reversed(values.shape[1:]):
         column = pa.FixedSizeListArray.from_arrays(column, length)
