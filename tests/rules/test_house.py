@@ -87,7 +87,7 @@ SCOPED: dict[str, set[str]] = {
     "nano/pytorch/plan/process.py": {"set_num_threads"},
     "nano/pytorch/inference/smoke.py": {"torch.manual_seed"},
     "nano/pytorch/inference/trial.py": {"set_num_threads"},
-    "orca/engines/local_worker.py": {"os.chdir"},
+    "orca/engines/host.py": {"os.chdir"},
     "testing/accelerator.py": {"torch.manual_seed"},
 }
 
