@@ -16,7 +16,7 @@ from bigdl._base import machine
 from bigdl._base.environment import thread_variables
 from bigdl._base.errors import ConfigError
 from bigdl.orca.engines.job import Job
-from bigdl.orca.engines.local_crews import LocalPlaces
+from bigdl.orca.engines.local_places import LocalPlaces
 from bigdl.orca.engines.pickling import dumps
 from bigdl.orca.engines.preflight import Preflight, facts
 from bigdl.orca.engines.process import Kind

@@ -245,13 +245,22 @@ class Service:
                 for job in batch:
                     job.where = failed.where
                     self._finish(job, failed.outcome)
-            elif (places := self._places.claim(batch)) is None:
+            elif (places := self._claim(batch)) is None:
                 is_full = True
                 waiting.append(batch)
             else:
-                for job, place in zip(batch, places, strict=True):
+                for job, place in zip(batch, places, strict=False):
                     self._begin(job, place)
         self._queue = waiting
+
+    def _claim(self, batch: Sequence[Job]) -> list[Place] | None:
+        """Places for all, or None: not now. None at all if there never will be any."""
+        try:
+            return self._places.claim(batch)
+        except BigDLError as exc:
+            for job in batch:
+                self._finish(job, exc)
+            return []
 
     def _begin(self, job: Job, place: Place) -> None:
         try:
