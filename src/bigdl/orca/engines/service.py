@@ -215,6 +215,7 @@ class Service:
                 self._calls.popleft()()
         for process in list(self.processes.values()):
             process.close(self.selector)
+        self._door.close()  # who still comes is not let in
         self._places.close()
         jobs = [process.job for process in self.processes.values() if process.job is not None]
         for job in [*jobs, *(job for batch in self._queue for job in batch)]:
@@ -224,7 +225,6 @@ class Service:
         self.processes.clear()
         self._queue.clear()
         self._settled.set()
-        self._door.close()
         self.selector.close()
         self._woken.close()
         self._wakes.close()

@@ -78,6 +78,7 @@ class SparkEngine(QueuedEngine):
         while not places.has_all() and time.monotonic() < deadline and service.is_open:
             time.sleep(0.05)
         self._check()
+        service.ask(places.ask_no_more)
         return Preflight(facts(), places.found())
 
     def close(self) -> None:

@@ -174,6 +174,7 @@ class SparkPlaces:
         self._batches: list[_Batch] = []
         self._count = 0
         self._is_wanting = False
+        self._is_asking_all = False
         self._fault: BigDLError | None = None
         #: What the seats' machines have said of themselves, by node.
         self._facts: dict[str, Facts] = {}
@@ -209,7 +210,7 @@ class SparkPlaces:
         return
 
     def look_after(self) -> None:
-        is_wanting, self._is_wanting = self._is_wanting, False
+        is_wanting, self._is_wanting = self._is_wanting or self._is_asking_all, False
         now = time.monotonic()
         for seat in list(self._seats.values()):
             if seat.is_free and not is_wanting and now - seat.idle_since > _IDLE_S:
@@ -263,9 +264,14 @@ class SparkPlaces:
 
     def ask_all(self) -> None:
         """Ask for every task that Spark can run at once, to hear from each machine."""
+        self._is_asking_all = True
         coming = sum(len(batch.awaited) for batch in self._batches if batch.end is None)
         if (many := self._total - len(self._seats) - coming) > 0:
             self._launch(many)
+
+    def ask_no_more(self) -> None:
+        """Those without work may go."""
+        self._is_asking_all = False
 
     def has_all(self) -> bool:
         """Whether that many are there now, or no more will come. From any thread."""

@@ -257,6 +257,7 @@ def _seat_function(door: tuple[str, int, bytes], first: int) -> Any:
 
 _TASK = """
 def _seat_of_task(rows):
+    import os
     from pyspark import SparkFiles, TaskContext
 
     for _ in rows:
@@ -264,7 +265,7 @@ def _seat_of_task(rows):
     scope = {"__name__": "bigdl_spark_entry"}
     exec(compile(_TEXT, "spark_entry.py", "exec"), scope)
     task = TaskContext.get()
-    folder = SparkFiles.getRootDirectory()
+    folder = os.path.abspath(SparkFiles.getRootDirectory())
     scope["sit"](_FIRST + task.partitionId(), task.attemptNumber(), folder, _DOOR)
     return iter(())
 """
