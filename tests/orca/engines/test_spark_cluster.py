@@ -1,4 +1,4 @@
-"""The Spark engine on executors of their own: the contract, and workers that see no files of ours."""
+"""The Spark engine on executors of their own: the contract, also where no file of ours is seen."""
 
 from __future__ import annotations
 

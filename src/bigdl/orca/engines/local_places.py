@@ -90,6 +90,9 @@ class LocalPlaces:
             return None
         return [_Cell(self, job.cores) for job in jobs]
 
+    def want(self, slots: Sequence[int]) -> None:
+        return
+
     def free_slots(self) -> int:
         return self.free
 

@@ -96,6 +96,9 @@ class Places(Protocol):
     def claim(self, jobs: Sequence[Job]) -> list[Place] | None:
         """A place for each, all or none. None = not now; asked again soon."""
 
+    def want(self, slots: Sequence[int]) -> None:
+        """How many slots each job that waits for some needs, in their order; called often."""
+
     def free_slots(self) -> int:
         """Slots that nothing runs on."""
 

@@ -234,11 +234,15 @@ class Service:
     def _dispatch(self) -> None:
         """Start what is ready and has slots, in order."""
         waiting: deque[Sequence[Job]] = deque()
-        is_full = False
+        wanted: list[int] = []  # by those that wait for nothing but slots
         for batch in self._queue:
             needs = [need for job in batch for need in job.needs]
-            if is_full or not all(need.ended.is_set() for need in needs):
+            if not all(need.ended.is_set() for need in needs):
                 waiting.append(batch)
+                continue
+            if wanted:
+                waiting.append(batch)
+                wanted += [job.cores for job in batch]
                 continue
             failed = next((need for need in needs if not isinstance(need.outcome, bytes)), None)
             if failed is not None and failed.outcome is not None:
@@ -246,12 +250,13 @@ class Service:
                     job.where = failed.where
                     self._finish(job, failed.outcome)
             elif (places := self._claim(batch)) is None:
-                is_full = True
                 waiting.append(batch)
+                wanted += [job.cores for job in batch]
             else:
                 for job, place in zip(batch, places, strict=False):
                     self._begin(job, place)
         self._queue = waiting
+        self._places.want(wanted)
 
     def _claim(self, batch: Sequence[Job]) -> list[Place] | None:
         """Places for all, or None: not now. None at all if there never will be any."""

@@ -189,13 +189,36 @@ class SparkPlaces:
         if self._fault is not None:
             fault, self._fault = self._fault, None
             raise fault
-        needs = [max(1, math.ceil(job.cores / self._cores)) for job in jobs]
+        needs = [self._seats_for(job.cores) for job in jobs]
         found = self._choose(needs, [job.kind for job in jobs])
-        if found is None:
-            self._is_wanting = True
-            self._request(needs)
-            return None
-        return [_SparkPlace(self, seats) for seats in found]
+        return None if found is None else [_SparkPlace(self, seats) for seats in found]
+
+    def want(self, slots: Sequence[int]) -> None:
+        """Ask Spark for what is missing, as far as it has it."""
+        self._is_wanting = bool(slots)
+        if not slots:
+            return
+        needs = [self._seats_for(many) for many in slots]
+        free = sum(seat.is_free for seat in self._seats.values())
+        coming = self._coming()
+        missing = sum(needs) - free - coming
+        if missing <= 0 and not coming:  # they are there, in the wrong places
+            missing = needs[0]
+        self._launch(min(missing, self._spare()))
+
+    def _seats_for(self, cores: int) -> int:
+        return max(1, math.ceil(cores / self._cores))
+
+    def _coming(self) -> int:
+        """Seats that were asked for and cannot be used yet."""
+        awaited = sum(len(batch.awaited) for batch in self._batches if batch.end is None)
+        here = sum(not seat.is_ready and not seat.is_over for seat in self._seats.values())
+        return awaited + here
+
+    def _spare(self) -> int:
+        """How many more seats Spark may have."""
+        awaited = sum(len(batch.awaited) for batch in self._batches if batch.end is None)
+        return self._total - len(self._seats) - awaited
 
     def free_slots(self) -> int:
         held = sum(seat.place is not None for seat in self._seats.values())
@@ -210,7 +233,7 @@ class SparkPlaces:
         return
 
     def look_after(self) -> None:
-        is_wanting, self._is_wanting = self._is_wanting or self._is_asking_all, False
+        is_wanting = self._is_wanting or self._is_asking_all
         now = time.monotonic()
         for seat in list(self._seats.values()):
             if seat.is_free and not is_wanting and now - seat.idle_since > _IDLE_S:
@@ -250,24 +273,10 @@ class SparkPlaces:
         processes = every(self._service.processes, kind)
         return [one.handle.seat for one in processes if isinstance(one.handle, _Seated)]
 
-    def _request(self, needs: Sequence[int]) -> None:
-        """Ask Spark for what is missing, as far as it has it."""
-        coming = sum(len(batch.awaited) for batch in self._batches if batch.end is None)
-        coming += sum(not seat.is_ready and not seat.is_over for seat in self._seats.values())
-        free = sum(seat.is_free for seat in self._seats.values())
-        missing = sum(needs) - free - coming
-        if missing <= 0 and not coming:  # they are there, in the wrong places
-            missing = max(needs)
-        many = min(missing, self._total - len(self._seats) - coming)
-        if many > 0:
-            self._launch(many)
-
     def ask_all(self) -> None:
         """Ask for every task that Spark can run at once, to hear from each machine."""
         self._is_asking_all = True
-        coming = sum(len(batch.awaited) for batch in self._batches if batch.end is None)
-        if (many := self._total - len(self._seats) - coming) > 0:
-            self._launch(many)
+        self._launch(self._spare())
 
     def ask_no_more(self) -> None:
         """Those without work may go."""
@@ -283,6 +292,8 @@ class SparkPlaces:
         return tuple(fact for _, fact in sorted(self._facts.copy().items()))
 
     def _launch(self, many: int) -> None:
+        if many < 1:
+            return
         batch = _Batch(self._count, many)
         self._count += many
         self._batches.append(batch)

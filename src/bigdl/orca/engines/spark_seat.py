@@ -12,6 +12,7 @@ import logging
 import os
 import platform
 import select
+import stat
 import sys
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
@@ -70,13 +71,13 @@ class _Seat:
         self._crews = Crews()
         self._started: dict[int, Started] = {}
         self._kinds: dict[int, Kind] = {}
-        self._parent = os.getppid()
+        self._spark = _Spark()
         self._is_over = False
 
     def run(self) -> None:
         wire.settle(self._line)
         self._say(READY, {"node": platform.node(), "cell": _cell(), "facts": asdict(facts())})
-        while not self._is_over and os.getppid() == self._parent:
+        while not self._is_over and self._spark.is_there():
             ends = [self._line, *(end for one in self._started.values() for end in one.lines())]
             ready = select.select(list(set(ends)), [], [], _LOOK_S)[0]
             if self._line in ready:
@@ -126,6 +127,50 @@ class _Seat:
 
     def _say(self, kind: int, content: dict[str, Any]) -> None:
         self._line.sendall(wire.frame(kind, json.dumps(content).encode()))
+
+
+class _Spark:
+    """The processes above this one: Python's daemon, and the executor behind it.
+
+    Spark lets a task be told to end by killing this process through the daemon. Without a
+    daemon (killed, say) nobody does, and this process may even be used again: then only the
+    executor's line, on which it sent the task, shows that it has gone or wants the task no more.
+    """
+
+    def __init__(self) -> None:
+        self._parent = os.getppid()
+        self._line = _executors_line()
+
+    def is_there(self) -> bool:
+        if os.getppid() != self._parent:
+            return False
+        if self._line is None:
+            return True
+        poll = select.poll()
+        poll.register(self._line, select.POLLRDHUP)
+        return not poll.poll(0)
+
+
+def _executors_line() -> int | None:
+    """The file descriptor of the executor's line to this process, if it can be found.
+
+    Spark's own loop, far up on this stack, reads from it.
+    """
+    frame = sys._getframe()
+    while frame is not None:
+        file = frame.f_locals.get("infile")
+        if frame.f_globals.get("__name__", "").startswith("pyspark") and file is not None:
+            return _descriptor(file)
+        frame = frame.f_back  # type: ignore[assignment]
+    return None
+
+
+def _descriptor(file: Any) -> int | None:
+    try:
+        number = int(file.fileno())
+        return number if stat.S_ISSOCK(os.fstat(number).st_mode) else None
+    except (AttributeError, OSError, ValueError):
+        return None
 
 
 def _cell() -> str:

@@ -32,7 +32,6 @@ from bigdl.orca.engines.spark_conf import (
 )
 
 if TYPE_CHECKING:
-
     from bigdl.orca.engines.base import EngineSettings
     from bigdl.orca.engines.host import Entrance
 
