@@ -141,38 +141,3 @@ def test_ctrl_c_ends_the_gang_and_leaves_the_engine_usable(tmp_path):
     assert program.returncode == -signal.SIGINT
     assert are_gone(pids)
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith("bigdl")] == []
-
-
-SPECULATING = textwrap.dedent("""
-    import os, secrets, sys, time
-    from bigdl.orca.engines import ENGINES
-    from bigdl.orca.engines.base import EngineSettings
-
-    conf = {"spark.speculation": "true", "spark.speculation.quantile": "0.1",
-            "spark.speculation.multiplier": "1.0", "spark.speculation.minTaskRuntime": "100ms",
-            "spark.task.maxFailures": "4"}
-    engine = ENGINES.get("spark").open(
-        EngineSettings(cluster_mode="standalone", master="local-cluster[2,2,1024]", conf=conf)
-    )
-    def work(folder, seconds):
-        open(f"{folder}/{secrets.token_hex(8)}", "x").close()
-        time.sleep(seconds)
-        return seconds
-
-    tasks = [engine.submit(work, sys.argv[1], seconds) for seconds in (0, 0, 0, 8)]
-    tried = 0
-    while not tasks[-1].poll(0.2):
-        seats = list(engine._places._seats.values())
-        tried = max([tried, *(len(seat.copies) for seat in seats)])
-    print([task.result() for task in tasks], len(os.listdir(sys.argv[1])), tried)
-    engine.close()
-""")
-
-
-@pytest.mark.slow
-def test_speculation_runs_nothing_twice(tmp_path):
-    done = subprocess.run(
-        [sys.executable, "-c", SPECULATING, str(tmp_path)],
-        capture_output=True, text=True, timeout=120,
-    )  # fmt: skip
-    assert done.stdout.splitlines()[-1].startswith("[0, 0, 0, 8] 4 1"), done.stderr[-2000:]
