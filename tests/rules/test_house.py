@@ -88,6 +88,7 @@ SCOPED: dict[str, set[str]] = {
     "nano/pytorch/inference/smoke.py": {"torch.manual_seed"},
     "nano/pytorch/inference/trial.py": {"set_num_threads"},
     "orca/engines/host.py": {"os.chdir"},
+    "orca/engines/spark_session.py": {"signal.signal"},
     "testing/accelerator.py": {"torch.manual_seed"},
 }
 

@@ -24,6 +24,7 @@ def session():
     engine.close()
 
 
+@pytest.mark.slow
 class TestSparkCluster(EngineContract):
     @classmethod
     def open_engine(cls):

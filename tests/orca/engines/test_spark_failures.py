@@ -123,7 +123,9 @@ def _running(tmp_path):
     return program, pids
 
 
-@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM])
+@pytest.mark.parametrize(
+    "how", [signal.SIGKILL, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)]
+)
 def test_all_dies_with_the_driver(tmp_path, how):
     program, pids = _running(tmp_path)
     program.send_signal(how)

@@ -17,8 +17,8 @@ import time
 from typing import TYPE_CHECKING, Any
 
 from bigdl._base import wire
-from bigdl._base.errors import BigDLError, ContextError, WorkerError
-from bigdl.orca.engines.preflight import Facts
+from bigdl._base.errors import BigDLError, ConfigError, ContextError, WorkerError
+from bigdl.orca.engines.preflight import Facts, Preflight, facts
 from bigdl.orca.engines.process import every
 from bigdl.orca.engines.spark_entry import (
     END,
@@ -178,6 +178,7 @@ class SparkPlaces:
         self._fault: BigDLError | None = None
         #: What the seats' machines have said of themselves, by node.
         self._facts: dict[str, Facts] = {}
+        self._here = facts()
 
     # --- Places ---
 
@@ -317,7 +318,12 @@ class SparkPlaces:
         self._batches.remove(batch)
         if end:
             logger.debug("A Spark job of ours has ended: %s", end)
-            if batch.awaited:
+            if "PYTHON_VERSION_MISMATCH" in end:  # said by Spark before we come to it
+                self._fault = ConfigError(
+                    f"The executors run another Python than this one: {end} Set PYSPARK_PYTHON, "
+                    "or conf's spark.pyspark.python, to the same version there."
+                )
+            elif batch.awaited:
                 self._fault = WorkerError(f"Spark has not given the tasks that were asked: {end}")
 
     # --- the seats' lines ---
@@ -386,6 +392,7 @@ class SparkPlaces:
             seat.is_ready, seat.idle_since = True, time.monotonic()
             found = Facts(**content["facts"])
             self._facts[found.node] = found
+            self._check(found)
         elif kind == ENDED:
             seat.ends[content["number"]] = content["text"]
             process = self._service.processes.get(content["number"])
@@ -396,6 +403,15 @@ class SparkPlaces:
             self._fault = WorkerError(
                 f"A Spark task cannot run work of ours: {content['text']}",
                 traceback=content["traceback"],
+            )
+
+    def _check(self, found: Facts) -> None:
+        """Before any work goes there: code would fail in stranger ways."""
+        known = Preflight(self._here, (found,))
+        if known.faults():
+            self._fault = ConfigError(
+                f"The executors' environment does not fit this one:\n{known}\nGive them the "
+                "same packages; docs/spark.md says how."
             )
 
     def _let_go(self, seat: _Seat) -> None:

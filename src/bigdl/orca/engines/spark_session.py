@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import io
 import os
+import shutil
 import signal
 import socket
 import sys
@@ -20,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 import bigdl
 from bigdl._base import machine
 from bigdl._base.environment import environment
-from bigdl._base.errors import ConfigError, TimeLimitError
+from bigdl._base.errors import ConfigError, MissingDependencyError, TimeLimitError
 from bigdl._base.optional import need
 from bigdl.orca.engines import spark_entry
 from bigdl.orca.engines.spark_conf import (
@@ -85,6 +86,7 @@ class Session:
     @classmethod
     def _start(cls, settings: EngineSettings) -> Session:
         conf = session_conf(settings, sys.executable, os.environ, machine.cores())
+        _need_java()
         from pyspark import SparkContext
         from pyspark.sql import SparkSession
 
@@ -206,6 +208,17 @@ def _running() -> Any:
     session = SparkSession._instantiatedSession
     usable = session is not None and session._sc._jsc is not None
     return session if usable else SparkSession(context)
+
+
+def _need_java() -> None:
+    """Spark is a Java program. Raises ``MissingDependencyError`` where none is found."""
+    home = os.environ.get("JAVA_HOME")
+    if shutil.which(os.path.join(home, "bin", "java") if home else "java") is None:
+        where = f"in JAVA_HOME={home!r}" if home else "on the PATH"
+        raise MissingDependencyError(
+            f"runtime='spark' needs a Java 17 or 21 runtime, and there is no java {where}. "
+            "Debian, Ubuntu: apt-get install openjdk-17-jre-headless"
+        )
 
 
 def _is_remote(spark: Any) -> bool:
