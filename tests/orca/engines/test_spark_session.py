@@ -93,6 +93,7 @@ def test_spark_connect(tmp_path):
     done = subprocess.run(
         [sys.executable, "-c", CONNECT],
         capture_output=True, text=True, timeout=180, cwd=tmp_path,
+        env={**os.environ, "PYSPARK_PYTHON": sys.executable},
     )  # fmt: skip
     assert done.stdout.splitlines()[-1:] == ["done"], done.stderr[-3000:]
 
@@ -127,8 +128,9 @@ def test_a_real_standalone_cluster(tmp_path):
         for command in commands
     ]
     try:
+        file = _contract(tmp_path, url)
         done = subprocess.run(
-            [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(_contract(tmp_path, url))],
+            [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(file)],
             capture_output=True, text=True, timeout=400,
         )  # fmt: skip
         assert done.returncode == 0, done.stdout[-5000:]

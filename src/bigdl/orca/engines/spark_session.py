@@ -6,6 +6,7 @@ more (Spark Connect).
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import io
 import os
@@ -39,6 +40,8 @@ if TYPE_CHECKING:
 __all__ = ["Session", "package"]
 
 _EXECUTORS_S = 120.0
+# Those that pyspark sets in the process of a session, for its own later calls.
+_VARIABLES = ("SPARK_AUTH_SOCKET_TIMEOUT", "SPARK_BUFFER_SIZE")
 
 
 class Session:
@@ -46,17 +49,13 @@ class Session:
 
     Args:
         spark: It.
-        is_ours: We have started it, and stop it.
-        has_gateway: We have started its Java process, too.
+        changes: What its start has changed in this process, where we have started it and are
+            to stop it.
     """
 
-    def __init__(
-        self, spark: Any, *, is_ours: bool, has_gateway: bool = False, on_interrupt: Any = None
-    ) -> None:
+    def __init__(self, spark: Any, changes: _Changes | None = None) -> None:
         self.spark = spark
-        self.is_ours = is_ours
-        self._has_gateway = has_gateway
-        self._on_interrupt = on_interrupt
+        self._changes = changes
         #: None on Spark Connect.
         self._context = None if _is_remote(spark) else spark.sparkContext
         self.conf = self._settings()
@@ -73,7 +72,7 @@ class Session:
         need("pyarrow", extra="spark", purpose="runtime='spark'")
         found = _running()
         if found is not None:
-            session = cls(found, is_ours=False)
+            session = cls(found)
             wrong = contradictions(settings, session.conf, session.slots())
             if wrong:
                 raise ConfigError(
@@ -87,11 +86,9 @@ class Session:
     def _start(cls, settings: EngineSettings) -> Session:
         conf = session_conf(settings, sys.executable, os.environ, machine.cores())
         _need_java()
-        from pyspark import SparkContext
         from pyspark.sql import SparkSession
 
-        has_gateway = SparkContext._gateway is None
-        on_interrupt = signal.getsignal(signal.SIGINT)
+        changes = _Changes()
         builder = SparkSession.builder
         for name, value in conf.items():
             builder = builder.config(name, value)
@@ -99,11 +96,12 @@ class Session:
             with environment(**session_env(conf, os.environ)):
                 spark = builder.getOrCreate()
         except Exception as exc:
-            _end_gateway(has_gateway)
+            changes.take_back()
             raise ConfigError(f"Spark cannot be started: {_first_words(exc)}") from exc
         finally:
             _forget_options(builder)
-        return cls(spark, is_ours=True, has_gateway=has_gateway, on_interrupt=on_interrupt)
+        changes.note()
+        return cls(spark, changes)
 
     # --- what it has ---
 
@@ -183,12 +181,36 @@ class Session:
 
     def stop(self) -> None:
         """End what we have started."""
-        if not self.is_ours:
-            return
-        self.spark.stop()
+        if self._changes is not None:
+            self.spark.stop()
+            self._changes.take_back()
+
+
+class _Changes:
+    """What pyspark changes in this process when it starts a session, to be taken back."""
+
+    def __init__(self) -> None:
+        from pyspark import SparkContext
+
+        self._has_gateway = SparkContext._gateway is None
+        self._on_interrupt = signal.getsignal(signal.SIGINT)
+        self._path = list(sys.path)
+        self._added: list[str] = []
+        self._variables = contextlib.ExitStack()
+        before = {name: os.environ.get(name) for name in _VARIABLES}
+        self._variables.enter_context(environment(**before))
+
+    def note(self) -> None:
+        """The session has started."""
+        self._added = [path for path in sys.path if path not in self._path]
+
+    def take_back(self) -> None:
+        """The session has stopped."""
         _end_gateway(self._has_gateway)
+        self._variables.close()
+        sys.path[:] = [path for path in sys.path if path not in self._added]
         if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGINT, self._on_interrupt)  # pyspark has put its own there
+            signal.signal(signal.SIGINT, self._on_interrupt)
 
 
 def _running() -> Any:
