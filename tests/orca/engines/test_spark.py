@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import threading
 import time
+from dataclasses import replace
 
 import pytest
 
-pytest.importorskip("pyspark", reason="needs pyspark")
-
 from bigdl.errors import ConfigError, ContextError
-from bigdl.orca.engines import ENGINES, spark_entry
+from bigdl.orca.engines import ENGINES, spark_entry, spark_places
 from bigdl.orca.engines.base import EngineSettings
 from bigdl.testing.engine import EngineContract
 
@@ -75,6 +74,19 @@ def test_strangers_get_no_seat(engine):
     spark_entry.sit(10_000, 0, "", (entrance.address, entrance.port, entrance.key))
     spark_entry.sit(0, 0, "", (entrance.address, entrance.port, b"guessed"))
     assert engine.submit(int).result() == 0
+
+
+def test_executors_that_do_not_fit_are_a_table_before_any_work(engine, monkeypatch, tmp_path):
+    here = replace(spark_places.facts(), python="3.8.1", torch="1.13.1")
+    monkeypatch.setattr(spark_places, "facts", lambda: here)
+    for _ in range(2):
+        with pytest.raises(
+            ConfigError, match=r"(?s)node .*python 3.*the caller 3\.8.*torch"
+        ) as caught:
+            engine.submit((tmp_path / "ran").touch).result(timeout_s=60)
+        time.sleep(1.5)  # another seat
+    assert "memory_limit" in str(caught.value)
+    assert not (tmp_path / "ran").exists()
 
 
 # --- beside the work of others ----------------------------------------------------------------

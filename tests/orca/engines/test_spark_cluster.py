@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import pytest
 
-pytest.importorskip("pyspark", reason="needs pyspark")
-
 from bigdl.orca.engines import ENGINES
 from bigdl.orca.engines import spark as engine_module
 from bigdl.orca.engines.base import EngineSettings

@@ -11,8 +11,6 @@ import time
 
 import pytest
 
-pytest.importorskip("pyspark", reason="needs pyspark")
-
 from bigdl.errors import WorkerLostError
 from bigdl.orca.engines import ENGINES
 from bigdl.orca.engines.base import EngineSettings

@@ -7,9 +7,6 @@ import signal
 
 import numpy as np
 import pytest
-
-pytest.importorskip("pyspark", reason="needs pyspark")
-
 import torch
 from torch import nn
 

@@ -10,8 +10,6 @@ from pathlib import Path
 
 import pytest
 
-pytest.importorskip("pyspark", reason="needs pyspark")
-
 from bigdl.errors import ConfigError, MissingDependencyError
 from bigdl.orca import init_orca_context
 from bigdl.orca.engines import ENGINES, spark_session
@@ -176,6 +174,38 @@ def _contract(folder: Path, url: str) -> Path:
         """)
     )
     return file
+
+
+ELASTIC = textwrap.dedent("""
+    import time
+    from bigdl.orca import init_orca_context, stop_orca_context
+    from bigdl.orca.context import current_engine
+
+    name = "spark.dynamicAllocation."
+    context = init_orca_context(
+        "standalone", master="local-cluster[2,2,1024]",
+        conf={name + "enabled": "true", name + "shuffleTracking.enabled": "true",
+              name + "minExecutors": "0", name + "maxExecutors": "2",
+              name + "executorIdleTimeout": "3s", "spark.executor.cores": "2"},
+    )
+    java = context.spark.sparkContext._jsc.sc()
+    count = lambda: java.statusTracker().getExecutorInfos().__len__() - 1
+    deadline = time.monotonic() + 40
+    while count() and time.monotonic() < deadline:
+        time.sleep(0.2)
+    before = count()
+    ranks = current_engine().gang(lambda ctx: ctx.rank, 4)
+    print(before, ranks, count())
+    stop_orca_context()
+""")
+
+
+@pytest.mark.slow
+def test_a_gang_where_spark_had_given_its_executors_back():
+    done = subprocess.run(
+        [sys.executable, "-c", ELASTIC], capture_output=True, text=True, timeout=180
+    )
+    assert done.stdout.splitlines()[-1:] == ["0 [0, 1, 2, 3] 2"], done.stderr[-3000:]
 
 
 # --- what cannot be started -------------------------------------------------------------------

@@ -4,19 +4,16 @@ from __future__ import annotations
 
 import pytest
 
-pytest.importorskip("pyspark", reason="needs pyspark")
-
 from bigdl.orca import init_orca_context, stop_orca_context
+from bigdl.orca.engines import ENGINES
+from bigdl.orca.engines.base import EngineSettings
 from bigdl.testing.xshards import XShardsContract
 
 
 @pytest.fixture(scope="module", autouse=True)
 def session():
     """One session for all; contexts join it."""
-    engine = pytest.importorskip("bigdl.orca.engines").ENGINES.get("spark")
-    from bigdl.orca.engines.base import EngineSettings
-
-    engine = engine.open(EngineSettings(cores=2))
+    engine = ENGINES.get("spark").open(EngineSettings(cores=2))
     yield
     stop_orca_context()
     engine.close()

@@ -280,8 +280,9 @@ class SparkPlaces:
         self._launch(self._spare())
 
     def ask_no_more(self) -> None:
-        """Those without work may go."""
+        """Those without work may go; what did not fit is in the facts."""
         self._is_asking_all = False
+        self._fault = None
 
     def has_all(self) -> bool:
         """Whether that many are there now, or no more will come. From any thread."""
@@ -323,7 +324,7 @@ class SparkPlaces:
                     f"The executors run another Python than this one: {end} Set PYSPARK_PYTHON, "
                     "or conf's spark.pyspark.python, to the same version there."
                 )
-            elif batch.awaited:
+            elif batch.awaited and (self._is_wanting or self._is_asking_all):
                 self._fault = WorkerError(f"Spark has not given the tasks that were asked: {end}")
 
     # --- the seats' lines ---
