@@ -14,7 +14,7 @@ import time
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from bigdl._base.environment import thread_variables
-from bigdl._base.errors import ConfigError
+from bigdl._base.errors import ConfigError, TimeLimitError
 from bigdl._base.workers import Workers
 from bigdl.orca.engines.preflight import Preflight, facts
 from bigdl.orca.engines.process import Kind
@@ -30,7 +30,10 @@ if TYPE_CHECKING:
 
 __all__ = ["SparkEngine"]
 
-_PREFLIGHT_S = 30.0
+#: Nodes that are slow to answer are waited for so long, and the first of all for longer: Spark
+#: may have to start its executors.
+_STRAGGLERS_S = 30.0
+_FIRST_S = 120.0
 
 
 class SparkEngine(QueuedEngine):
@@ -68,17 +71,29 @@ class SparkEngine(QueuedEngine):
         return self._session.spark
 
     def preflight(self) -> Preflight:
-        """As ``Engine.preflight``: asks for all slots, and hears who offers them."""
+        """As ``Engine.preflight``: asks for all slots, and hears who offers them.
+
+        Raises:
+            TimeLimitError: Nobody has offered any.
+        """
         service = self._start()
         places = self._places
         if places is None:
             raise RuntimeError("An engine that has started has places.")
         service.ask(places.ask_all)
-        deadline = time.monotonic() + _PREFLIGHT_S
-        while not places.has_all() and time.monotonic() < deadline and service.is_open:
+        started = time.monotonic()
+        while not places.has_all() and service.is_open:
+            waited_s = time.monotonic() - started
+            if waited_s > (_STRAGGLERS_S if places.found() else _FIRST_S):
+                break
             time.sleep(0.05)
         self._check()
         service.ask(places.ask_no_more)
+        if not places.found():
+            raise TimeLimitError(
+                f"Spark has started no task of ours within {_FIRST_S:g} s. Are all its cores "
+                "busy, or has it no executor?"
+            )
         return Preflight(facts(), places.found())
 
     def close(self) -> None:
