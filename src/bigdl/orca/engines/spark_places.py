@@ -393,7 +393,8 @@ class SparkPlaces:
             seat.is_ready, seat.idle_since = True, time.monotonic()
             found = Facts(**content["facts"])
             self._facts[found.node] = found
-            self._check(found)
+            if not self._fits(found):
+                self._let_go(seat)
         elif kind == ENDED:
             seat.ends[content["number"]] = content["text"]
             process = self._service.processes.get(content["number"])
@@ -406,14 +407,15 @@ class SparkPlaces:
                 traceback=content["traceback"],
             )
 
-    def _check(self, found: Facts) -> None:
-        """Before any work goes there: code would fail in stranger ways."""
+    def _fits(self, found: Facts) -> bool:
+        """Whether work can go there; asked before any does, as it would fail in stranger ways."""
         known = Preflight(self._here, (found,))
         if known.faults():
             self._fault = ConfigError(
                 f"The executors' environment does not fit this one:\n{known}\nGive them the "
                 "same packages; docs/spark.md says how."
             )
+        return not known.faults()
 
     def _let_go(self, seat: _Seat) -> None:
         """Give it back to Spark."""
