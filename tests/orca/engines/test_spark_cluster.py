@@ -9,6 +9,8 @@ from bigdl.orca.engines import spark as engine_module
 from bigdl.orca.engines.base import EngineSettings
 from bigdl.testing.engine import EngineContract
 
+pytestmark = pytest.mark.slow
+
 
 def _open(**settings):
     return ENGINES.get("spark").open(EngineSettings(**settings))
@@ -22,7 +24,6 @@ def session():
     engine.close()
 
 
-@pytest.mark.slow
 class TestSparkCluster(EngineContract):
     @classmethod
     def open_engine(cls):

@@ -132,6 +132,7 @@ def test_all_dies_with_the_driver(tmp_path, how):
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith("bigdl")] == []
 
 
+@pytest.mark.slow
 def test_ctrl_c_ends_the_gang_and_leaves_the_engine_usable(tmp_path):
     program, pids = _running(tmp_path)
     os.killpg(program.pid, signal.SIGINT)  # as the terminal does
