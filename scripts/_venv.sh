@@ -43,6 +43,19 @@ print(sys.version.split()[0], *sys.argv[1:], hashlib.sha256(files).hexdigest())
 PYTHON
 }
 
+# Spark needs Java 17 or 21. Installed where that may be done, else it is said what to do.
+_ensure_java() {
+    local java="${JAVA_HOME:+$JAVA_HOME/bin/}java" version
+    version=$("$java" -version 2>&1 | sed -n 's/.*version "\([0-9]*\).*/\1/p' | head -1) || true
+    [[ "$version" == 17 || "$version" == 21 ]] && return
+    if [[ -z "$version" && "$(id -u)" == 0 ]] && command -v apt-get >/dev/null; then
+        echo "Installing openjdk-17-jre-headless, for Spark" >&2
+        apt-get update -qq && apt-get install -y -qq openjdk-17-jre-headless >/dev/null && return
+    fi
+    echo "Java 17 or 21 is needed for Spark's tests, found: ${version:-none}. They will be skipped." >&2
+    echo "Debian, Ubuntu: apt-get install openjdk-17-jre-headless; or set JAVA_HOME." >&2
+}
+
 ensure_venv() {
     if ! _is_usable .venv/bin/python || ! .venv/bin/python -m pip --version >/dev/null 2>&1; then
         _make_venv || return 1
@@ -56,6 +69,7 @@ ensure_venv() {
             --editable ".[$EXTRAS]" --constraint constraints.txt || return 1
         echo "$wanted" >"$stamp"
     fi
+    _ensure_java
     if ! command -v "${CXX:-g++}" >/dev/null && ! command -v clang++ >/dev/null; then
         echo "No C++ compiler: torch.compile will be refused, all else works." >&2
         echo "Debian, Ubuntu: apt-get install g++" >&2

@@ -216,12 +216,8 @@ def test_contradictions_are_named_together():
 
 
 NOT_YET = [
-    ({"runtime": "spark"}, "spark", "Spark"),
     ({"runtime": "ray"}, "ray", "Ray"),
     ({"init_ray_on_spark": True}, "ray_on_spark", "Ray on Spark"),
-    ({"cluster_mode": "yarn"}, "spark", "Spark"),
-    ({"cluster_mode": "k8s-client", "master": "k8s://x"}, "spark", "Spark"),
-    ({"cluster_mode": "standalone", "master": "spark://x:7077"}, "spark", "Spark"),
 ]
 
 

@@ -88,7 +88,8 @@ SCOPED: dict[str, set[str]] = {
     "nano/pytorch/inference/smoke.py": {"torch.manual_seed"},
     "nano/pytorch/inference/trial.py": {"set_num_threads"},
     "orca/data/spool_guard.py": {"os.chdir", "signal.signal"},  # a process of its own
-    "orca/engines/local_worker.py": {"os.chdir"},
+    "orca/engines/host.py": {"os.chdir"},
+    "orca/engines/spark_session.py": {"signal.signal"},
     "testing/accelerator.py": {"torch.manual_seed"},
 }
 

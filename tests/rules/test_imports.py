@@ -90,7 +90,9 @@ FOREIGN = {
         "orca/data/adapters/parquet.py",
         "orca/data/adapters/__init__.py",  # the line to install
         "orca/data/readers.py",  # and this one
+        "orca/engines/spark_session.py",  # and this one
     ),
+    "pyspark": ("orca/engines/spark*.py",),
     "tensorboard": ("orca/learn/callbacks/tensorboard.py",),
     "mlflow": ("orca/learn/callbacks/mlflow.py",),
     "pytest": ("testing/*",),

@@ -15,6 +15,7 @@ ENGINES: Registry[type[Engine]] = Registry(
     "engine",
     {
         "local": "bigdl.orca.engines.local:LocalEngine",
+        "spark": "bigdl.orca.engines.spark:SparkEngine",
     },
     group="bigdl.engines",
 )

@@ -5,6 +5,7 @@ Standard library only; ``facts`` is sent to the nodes as it is.
 
 from __future__ import annotations
 
+import importlib.metadata
 import platform
 import shutil
 import sys
@@ -25,6 +26,7 @@ class Facts:
         node: The host's name.
         python: Python's version.
         bigdl: Our own version.
+        torch: PyTorch's version, "" where it is not installed.
         cores: Cores' worth of work that a process there can do.
         memory_limit_bytes: Memory it can use at most; 0 if unknown.
         shm_free_bytes: Free in /dev/shm; 0 where there is none.
@@ -33,6 +35,7 @@ class Facts:
     node: str
     python: str
     bigdl: str
+    torch: str
     cores: int
     memory_limit_bytes: int
     shm_free_bytes: int
@@ -54,11 +57,12 @@ class Preflight:
         """What will not work, in words; empty if nothing stands against it."""
         found = []
         for node in self.nodes:
-            for name in ("python", "bigdl"):
+            for name in ("python", "bigdl", "torch"):
                 there, here = getattr(node, name), getattr(self.caller, name)
-                # pickled code needs the same minor version, not the same patch
-                if there.split(".")[:2] != here.split(".")[:2]:
-                    found.append(f"{node.node} has {name} {there}, the caller {here}")
+                # pickled code needs the same minor version, not the same patch; what the
+                # caller has not got it does not use
+                if here and there.split(".")[:2] != here.split(".")[:2]:
+                    found.append(f"{node.node} has {name} {there or '-'}, the caller {here}")
         return found
 
     def __str__(self) -> str:
@@ -78,14 +82,23 @@ def facts() -> Facts:
         node=platform.node(),
         python=".".join(map(str, sys.version_info[:3])),
         bigdl=bigdl.__version__,
+        torch=_version("torch"),
         cores=machine.cores(),
         memory_limit_bytes=machine.memory_limit_bytes(),
         shm_free_bytes=shm_free_bytes,
     )
 
 
+def _version(package: str) -> str:
+    """Of a package that is installed, without importing it."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return ""
+
+
 def _cells(one: Facts) -> list[str]:
     return [
-        f"{value / 2**30:.1f} GiB" if name.endswith("_bytes") else str(value)
+        f"{value / 2**30:.1f} GiB" if name.endswith("_bytes") else str(value) or "-"
         for name, value in ((column.name, getattr(one, column.name)) for column in fields(Facts))
     ]

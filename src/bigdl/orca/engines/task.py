@@ -12,19 +12,19 @@ import time
 from typing import TYPE_CHECKING, Any, cast
 
 from bigdl._base.errors import BigDLError, TimeLimitError
-from bigdl.orca.engines import local_store as store
+from bigdl.orca.engines import store
 from bigdl.orca.engines.outcome import opened
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from bigdl.orca.engines.local_job import Job
-    from bigdl.orca.engines.local_service import Service
+    from bigdl.orca.engines.job import Job
+    from bigdl.orca.engines.service import Service
 
-__all__ = ["LocalTask", "event_of", "show", "value_of"]
+__all__ = ["QueuedTask", "event_of", "show", "value_of"]
 
 
-class LocalTask:
+class QueuedTask:
     """A ``Task`` of ``LocalEngine.submit``."""
 
     def __init__(

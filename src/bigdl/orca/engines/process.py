@@ -1,34 +1,40 @@
-"""Worker processes of the local engine as the engine sees them: who they are, and their lines.
+"""Worker processes as an engine sees them: who they are, their lines, the slots they hold.
 
-Standard library only. Everything here belongs to the engine's one thread (``local_service``).
+Standard library only. Everything here belongs to the engine's one thread (``service``). What
+brings processes into being is an engine's own: its ``Places``.
 """
 
 from __future__ import annotations
 
 import contextlib
+import os
+import secrets
 import selectors
 import socket
 import time
 from collections import deque
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from bigdl._base import wire
-from bigdl._base.errors import BigDLError
-from bigdl._base.workers import Worker, Workers
-from bigdl.orca.engines.local_worker import CARD, CONTROL, FRAME_LIMIT, host
+from bigdl._base.errors import ConfigError
+from bigdl.orca.engines.host import CARD, FRAME_LIMIT, Entrance
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Sequence
+    from typing import BinaryIO
 
-__all__ = ["Cores", "Crew", "Crews", "Door", "Kind", "Process", "every"]
+    from bigdl.orca.engines.job import Job
+    from bigdl.orca.engines.service import Service
+
+__all__ = ["Door", "Handle", "Kind", "Place", "Places", "Process", "every"]
 
 _STRANGER_S = 10.0
 _STRANGERS = 256
 _LAST_LINES = 8
 _LINE_LIMIT = 1 << 16
-#: Nurseries with no work that are kept for the next call.
-_IDLE_CREWS = 3
+#: What waits to be sent of a long file.
+_FEED_BYTES = 4 << 20
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,77 +54,88 @@ class Kind:
     once: bool = False
 
 
-class Crew:
-    """Processes of one kind, and the nursery that they come from."""
+class Handle(Protocol):
+    """A process beside its lines: whether it is there, and its end."""
 
-    def __init__(self, kind: Kind) -> None:
-        self.kind = kind
-        self.used = time.monotonic()
-        self._workers = Workers(preload=(*kind.preload, host.__module__), env=dict(kind.env))
+    def is_lost(self) -> bool:
+        """Whether the process is known to have ended; does not wait."""
 
-    def start(self, port: int, key: bytes, number: int) -> Process:
-        self.used = time.monotonic()
-        return Process(self, number, self._workers.start(host, port, key, number))
+    def end(self, *, kill: bool) -> str | None:
+        """Have it end: one that has hung up, or by force.
 
-    @property
-    def is_alive(self) -> bool:
-        """Whether its nursery can still give processes."""
-        nursery = self._workers._nursery
-        return nursery is None or nursery.poll() is None
-
-    def close(self) -> None:
-        self._workers.close()
+        Returns:
+            How it ended, in words, "" if that says nothing; None while it may still be there:
+            to be asked again.
+        """
 
 
-class Crews:
-    """The crews of an engine, by kind; those that are not needed are closed after a while.
+class Place(Protocol):
+    """Slots that a job holds: where its process is, or comes to be."""
 
-    Args:
-        home: The kind that is kept as long as the engine.
+    #: Cores to run on; None = the system's choice.
+    cpus: tuple[int, ...] | None
+
+    def process(self, kind: Kind) -> Process:
+        """An idle process of that kind here, or a new one. May raise if none can be started."""
+
+    def release(self) -> None:
+        """The slots are free again."""
+
+
+class Places(Protocol):
+    """All slots of an engine, and what brings processes into being there.
+
+    Everything but ``slots`` belongs to the engine's one thread.
     """
 
-    def __init__(self, home: Kind) -> None:
-        self._home = home
-        self._by_kind: dict[Kind, Crew] = {}
-        self._dead: list[Crew] = []
+    slots: int
 
-    def get(self, kind: Kind, busy: set[Kind]) -> Crew:
-        """The crew of a kind; a new one may take the place of one of no busy kind."""
-        crew = self._by_kind.get(kind)
-        if crew is not None and not crew.is_alive:
-            self._dead.append(crew)  # the engine's folder may be its own
-            crew = None
-        if crew is None:
-            self._thin_out(busy | {self._home})
-            crew = self._by_kind[kind] = Crew(kind)
-        return crew
+    def open(self, service: Service) -> str:
+        """Begin; the folder for the engine's files, "" if a first process has to say it."""
 
-    def _thin_out(self, busy: set[Kind]) -> None:
-        idle = [crew for kind, crew in self._by_kind.items() if kind not in busy]
-        idle.sort(key=lambda crew: crew.used)
-        for crew in idle[: max(0, len(idle) + 1 - _IDLE_CREWS)]:
-            del self._by_kind[crew.kind]
-            crew.close()
+    def claim(self, jobs: Sequence[Job]) -> list[Place] | None:
+        """A place for each, all or none. None = not now; asked again soon."""
+
+    def want(self, slots: Sequence[int]) -> None:
+        """How many slots each job that waits for some needs, in their order; called often."""
+
+    def free_slots(self) -> int:
+        """Slots that nothing runs on."""
+
+    def welcome(self, number: int, pid: int, sock: socket.socket) -> None:
+        """A third line has come, of one who offers places."""
+
+    def ready(self, process: Process, hello: bytes) -> str:
+        """A process has come; the folder as it says, where ``open`` did not know it."""
+
+    def gone(self, process: Process, how: str) -> None:
+        """A process has ended."""
+
+    def look_after(self) -> None:
+        """Called again and again, at least twice a second."""
 
     def close(self) -> None:
-        for crew in [*self._by_kind.values(), *self._dead]:
-            crew.close()
+        """End all processes and give everything back."""
 
 
 class Process:
     """One worker process: its two lines, and what it does."""
 
-    def __init__(self, crew: Crew, number: int, worker: Worker) -> None:
-        self.crew = crew
+    def __init__(self, kind: Kind, number: int, handle: Handle) -> None:
+        self.kind = kind
         self.number = number
+        self.handle = handle
         self.pid = 0
+        #: Its host's name, where that is not this one.
+        self.node = ""
         #: What it works at; None = idle. The service's.
         self.job: Any = None
         #: Whether the order has gone out.
         self.is_ordered = False
-        #: Slots and cores that it holds.
-        self.slots = 0
-        self.cpus: tuple[int, ...] | None = None
+        #: The slots that its job holds.
+        self.place: Place | None = None
+        #: Whether it is on its way out, and if so whether by force.
+        self.is_ending: bool | None = None
         #: When it has to be gone by, once it was told to end.
         self.deadline: float | None = None
         #: Since when it is known to have ended, though its lines have not.
@@ -131,27 +148,12 @@ class Process:
         self.is_quiet = False
         self.frames = wire.Frames(FRAME_LIMIT)
         self.out = bytearray()
-        self._worker = worker
+        #: What is sent after ``out``, piece by piece.
+        self.feeds: deque[Iterator[bytes]] = deque()
+        #: A file that it is sending, and where it will be.
+        self.receiving: tuple[BinaryIO, str] | None = None
         self._partial = b""
         self._last: deque[str] = deque(maxlen=_LAST_LINES)
-
-    def is_lost(self) -> bool:
-        """Whether the process has ended; does not wait."""
-        self._worker._wait(0.0, None)
-        return self._worker._is_lost()
-
-    def end(self, *, kill: bool) -> str:
-        """Wait for the end of a process that has hung up, or kill it; how it ended, or ""."""
-        if kill:
-            self._worker.cancel()
-            return ""
-        try:
-            self._worker.result(timeout_s=5.0)
-        except (BigDLError, OSError) as exc:
-            return str(exc)
-        except Exception as exc:  # noqa: BLE001  (of our own code in the worker; to be seen)
-            return f"{type(exc).__name__}: {exc}"
-        return ""
 
     def read_output(self) -> str:
         """The whole lines that it has written since, "" if none; never waits."""
@@ -200,18 +202,43 @@ class Process:
             self.out.clear()
             return  # its end is read in a moment
         del self.out[:sent]
+        while self.feeds and len(self.out) < _FEED_BYTES:
+            piece = next(self.feeds[0], None)
+            if piece is None:
+                self.feeds.popleft()
+            else:
+                self.out += piece
         writes = selectors.EVENT_WRITE if self.out else 0
         data = selector.get_key(self.line).data
         selector.modify(self.line, selectors.EVENT_READ | writes, data)
 
+    def hang_up(self, selector: selectors.BaseSelector) -> None:
+        """Close the line for orders; what it has written may still come."""
+        _close(self.line, selector)
+        self.line = None
+
     def close(self, selector: selectors.BaseSelector) -> None:
         """Close its lines."""
-        for sock in (self.line, self.output):
-            if sock is not None:
-                with contextlib.suppress(KeyError, ValueError):
-                    selector.unregister(sock)
-                sock.close()
-        self.line = self.output = None
+        self.hang_up(selector)
+        _close(self.output, selector)
+        self.output = None
+        self.feeds.clear()
+        self.drop_file()
+
+    def drop_file(self) -> None:
+        """Forget a file that has not come whole."""
+        if self.receiving is not None:
+            self.receiving[0].close()
+            with contextlib.suppress(OSError):
+                os.unlink(self.receiving[0].name)
+            self.receiving = None
+
+
+def _close(sock: socket.socket | None, selector: selectors.BaseSelector) -> None:
+    if sock is not None:
+        with contextlib.suppress(KeyError, ValueError):
+            selector.unregister(sock)
+        sock.close()
 
 
 class _Stranger:
@@ -225,17 +252,33 @@ class _Stranger:
 
 
 class Door:
-    """Where worker processes connect: on this machine only, and only with the engine's key."""
+    """Where worker processes connect, and only with the engine's key.
 
-    def __init__(self, selector: selectors.BaseSelector, key: bytes) -> None:
+    Args:
+        selector: The engine's.
+        address: Where to listen; the default is for processes on this machine.
+
+    Raises:
+        ConfigError: The address is not this machine's.
+    """
+
+    def __init__(self, selector: selectors.BaseSelector, address: str = "127.0.0.1") -> None:
         self._selector = selector
-        self._key = key
-        self._sock = socket.create_server(("127.0.0.1", 0), backlog=256)
+        self._key = secrets.token_bytes(32)
+        family = socket.AF_INET6 if ":" in address else socket.AF_INET
+        try:
+            self._sock = socket.create_server((address, 0), family=family, backlog=256)
+        except OSError as exc:
+            raise ConfigError(
+                f"Cannot listen at {address}: {exc}. Give one of this machine's own addresses."
+            ) from exc
         self._sock.setblocking(False)
         self._strangers: dict[socket.socket, _Stranger] = {}
-        self.port: int = self._sock.getsockname()[1]
-        #: Called with (number, pid, is the control line, socket) for each of ours.
-        self.welcome: Callable[[int, int, bool, socket.socket], None] = lambda *_: None
+        port: int = self._sock.getsockname()[1]
+        #: All that is needed to come in.
+        self.entrance = Entrance(address=address, port=port, key=self._key)
+        #: Called with (number, pid, which line, socket) for each of ours.
+        self.welcome: Callable[[int, int, int, socket.socket], None] = lambda *_: None
         selector.register(self._sock, selectors.EVENT_READ, lambda _: self._let_in())
 
     def look_at_clock(self) -> None:
@@ -281,7 +324,7 @@ class Door:
             return
         wire.settle(sock)
         number, pid, line = CARD.unpack(card)
-        self.welcome(number, pid, line == CONTROL, sock)
+        self.welcome(number, pid, line, sock)
 
     def _forget(self, stranger: _Stranger) -> socket.socket:
         del self._strangers[stranger.sock]
@@ -289,29 +332,8 @@ class Door:
         return stranger.sock
 
 
-class Cores:
-    """The cores of this machine that are free, nearest together first.
-
-    Args:
-        ids: Cores to give away; () = none, so that the system places everything.
-    """
-
-    def __init__(self, ids: tuple[int, ...]) -> None:
-        self._ids = ids
-        self._free = list(ids)
-
-    def take(self, n: int) -> tuple[int, ...] | None:
-        if n == 0 or len(self._free) < n:
-            return None
-        taken, self._free = self._free[:n], self._free[n:]
-        return tuple(taken)
-
-    def give_back(self, taken: tuple[int, ...]) -> None:
-        self._free = [core for core in self._ids if core in {*self._free, *taken}]
-
-
 def every(processes: dict[int, Process], kind: Kind) -> Iterator[Process]:
     """Idle processes of a kind."""
     for process in processes.values():
-        if process.crew.kind == kind and process.job is None and process.deadline is None:
+        if process.kind == kind and process.job is None and process.deadline is None:
             yield process

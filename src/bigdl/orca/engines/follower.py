@@ -11,16 +11,16 @@ import time
 from typing import TYPE_CHECKING, Any, cast
 
 from bigdl._base.errors import TimeLimitError, WorkerLostError
-from bigdl.orca.engines import local_store as store
-from bigdl.orca.engines.local_task import event_of, show, value_of
+from bigdl.orca.engines import store
+from bigdl.orca.engines.task import event_of, show, value_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from bigdl._base.rendezvous import Rendezvous
     from bigdl.orca.engines.base import GangSetup
-    from bigdl.orca.engines.local_job import Job, Mail
-    from bigdl.orca.engines.local_service import Service
+    from bigdl.orca.engines.job import Job, Mail
+    from bigdl.orca.engines.service import Service
 
 __all__ = ["Follower"]
 

@@ -1,4 +1,4 @@
-"""The local engine's one thread: queues calls, starts worker processes, hears what they say.
+"""An engine's one thread: queues calls, has worker processes started, hears what they say.
 
 Standard library only. Other threads hand it closures and wait; nothing of a user's runs here:
 values, exceptions and events stay bytes until the thread that asked for them opens them.
@@ -10,7 +10,6 @@ import contextlib
 import logging
 import os
 import pickle
-import secrets
 import selectors
 import shutil
 import socket
@@ -21,17 +20,31 @@ from typing import TYPE_CHECKING
 
 from bigdl._base import wire
 from bigdl._base.errors import BigDLError, WorkerError
-from bigdl.orca.engines import local_store as store
+from bigdl.orca.engines import store
 from bigdl.orca.engines.base import closed
-from bigdl.orca.engines.local_job import Mail
-from bigdl.orca.engines.local_process import Cores, Crews, Door, Kind, Process, every
-from bigdl.orca.engines.local_worker import END, EVENT, FAILED, HELLO, ORDER, VALUE
+from bigdl.orca.engines.host import (
+    CONTROL,
+    END,
+    EVENT,
+    FAILED,
+    FETCH,
+    HELLO,
+    ORDER,
+    PUT,
+    PUT_DONE,
+    PUT_PIECE,
+    SEAT,
+    VALUE,
+)
+from bigdl.orca.engines.job import Mail
 from bigdl.orca.engines.outcome import Failed, Lost
+from bigdl.orca.engines.process import Door, Process
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from bigdl.orca.engines.local_job import Job
+    from bigdl.orca.engines.job import Job
+    from bigdl.orca.engines.process import Handle, Kind, Place, Places
 
 __all__ = ["Service"]
 
@@ -47,31 +60,26 @@ class Service:
     """Owns the worker processes of one engine.
 
     Args:
-        slots: Cores' worth of work at once.
-        cpus: Cores to give to processes; () = let the system place them.
-        home: The kind of process whose nursery keeps the engine's folder.
+        places: Where they run.
+        address: Where they find this thread; the default is for processes on this machine.
     """
 
-    def __init__(self, slots: int, cpus: tuple[int, ...], home: Kind) -> None:
-        self.slots = slots
-        self._free = slots
-        self._cores = Cores(cpus)
-        self._home = home
+    def __init__(self, places: Places, address: str = "127.0.0.1") -> None:
+        self.slots = places.slots
+        self._places = places
         self._folder = ""
         self._settled = threading.Event()  # the folder is known, or never will be
-        self._key = secrets.token_bytes(32)
-        self._selector = selectors.DefaultSelector()
-        self._door = Door(self._selector, self._key)
+        self.selector = selectors.DefaultSelector()
+        self._door = Door(self.selector, address)
         self._door.welcome = self._welcome
+        self.entrance = self._door.entrance
         self._woken, self._wakes = socket.socketpair()
         self._wakes.setblocking(False)
-        self._selector.register(
-            self._woken, selectors.EVENT_READ, lambda _: self._woken.recv(4096)
-        )
+        self.selector.register(self._woken, selectors.EVENT_READ, lambda _: self._woken.recv(4096))
         self._calls: deque[Callable[[], None]] = deque()
         self._queue: deque[Sequence[Job]] = deque()
-        self._crews = Crews(home)
-        self._processes: dict[int, Process] = {}
+        #: Those that are there, by number.
+        self.processes: dict[int, Process] = {}
         self._count = 0
         self._looked = 0.0
         self._asking = threading.RLock()  # a ref may be collected, and drop its job, within
@@ -100,6 +108,7 @@ class Service:
         self._ask(cancel)
         while not done.wait(0.5) and self._thread.is_alive():
             pass
+        self.wait_gone(jobs)
 
     def wait_gone(self, jobs: Sequence[Job]) -> None:
         """Wait until the processes of ``jobs``, which have ended, are gone."""
@@ -129,7 +138,16 @@ class Service:
             shutil.rmtree(os.path.join(self._folder, name), ignore_errors=True)
 
     def free_slots(self) -> int:
-        return self._free
+        return self._places.free_slots()
+
+    def ask(self, call: Callable[[], None]) -> None:
+        """Have ``call`` run in the engine's thread. Raises ``ContextError`` once it is closed."""
+        self._ask(call)
+
+    @property
+    def is_open(self) -> bool:
+        """Whether work can still begin."""
+        return not self._closing
 
     def close(self) -> None:
         with self._asking:
@@ -155,16 +173,16 @@ class Service:
 
     def _run(self) -> None:
         try:
-            self._start(self._home)
+            self._settle(self._places.open(self))
             while not self._closing:
-                for key, events in self._selector.select(_LOOK_S):
+                for key, events in self.selector.select(_LOOK_S):
                     key.data(events)
                 while self._calls:
                     self._calls.popleft()()
                 self._look_after()
                 self._dispatch()
         except Exception as exc:
-            logger.debug("The local engine has failed.", exc_info=True)
+            logger.debug("The engine has failed.", exc_info=True)
             self._broken = str(exc)
         finally:
             with self._asking:
@@ -174,37 +192,40 @@ class Service:
     def _look_after(self) -> None:
         """Notice processes that ended without hanging up, or do not end."""
         now = time.monotonic()
-        for process in list(self._processes.values()):
-            if process.deadline is not None and now > process.deadline:
+        self._places.look_after()
+        for process in list(self.processes.values()):
+            if process.is_ending is not None:
+                self._gone(process)
+            elif process.deadline is not None and now > process.deadline:
                 self._gone(process, kill=True)
         if now - self._looked < _LOOK_S:
             return
         self._looked = now
         self._door.look_at_clock()
-        for process in list(self._processes.values()):
+        for process in list(self.processes.values()):
             # what it has sent is read first; a child of its own may hold its lines for ever
             if process.lost_since is not None:
                 self._gone(process)
-            elif process.is_lost():
+            elif process.handle.is_lost():
                 process.lost_since = now
 
     def _end_all(self) -> None:
         while self._calls:  # what was asked before the end
             with contextlib.suppress(BigDLError, OSError):
                 self._calls.popleft()()
-        for process in list(self._processes.values()):
-            process.close(self._selector)
-        self._crews.close()
-        jobs = [process.job for process in self._processes.values() if process.job is not None]
+        for process in list(self.processes.values()):
+            process.close(self.selector)
+        self._door.close()  # who still comes is not let in
+        self._places.close()
+        jobs = [process.job for process in self.processes.values() if process.job is not None]
         for job in [*jobs, *(job for batch in self._queue for job in batch)]:
             job.process = None
             if not job.ended.is_set():
                 self._finish(job, self._over())
-        self._processes.clear()
+        self.processes.clear()
         self._queue.clear()
         self._settled.set()
-        self._door.close()
-        self._selector.close()
+        self.selector.close()
         self._woken.close()
         self._wakes.close()
 
@@ -213,51 +234,68 @@ class Service:
     def _dispatch(self) -> None:
         """Start what is ready and has slots, in order."""
         waiting: deque[Sequence[Job]] = deque()
-        is_full = False
+        wanted: list[int] = []  # by those that wait for nothing but slots
         for batch in self._queue:
             needs = [need for job in batch for need in job.needs]
-            if is_full or not all(need.ended.is_set() for need in needs):
+            if not all(need.ended.is_set() for need in needs):
                 waiting.append(batch)
+                continue
+            if wanted:
+                waiting.append(batch)
+                wanted += [job.cores for job in batch]
                 continue
             failed = next((need for need in needs if not isinstance(need.outcome, bytes)), None)
             if failed is not None and failed.outcome is not None:
                 for job in batch:
                     job.where = failed.where
                     self._finish(job, failed.outcome)
-            elif sum(job.cores for job in batch) > self._free:
-                is_full = True
+            elif (places := self._claim(batch)) is None:
                 waiting.append(batch)
+                wanted += [job.cores for job in batch]
             else:
-                for job in batch:
-                    self._begin(job)
+                for job, place in zip(batch, places, strict=False):
+                    self._begin(job, place)
         self._queue = waiting
+        self._places.want(wanted)
 
-    def _begin(self, job: Job) -> None:
-        process = next(every(self._processes, job.kind), None)
-        if process is None:
-            try:
-                process = self._start(job.kind)
-            except (BigDLError, OSError) as exc:
-                self._finish(job, exc if isinstance(exc, BigDLError) else Lost(text=str(exc)))
-                return
+    def _claim(self, batch: Sequence[Job]) -> list[Place] | None:
+        """Places for all, or None: not now. None at all if there never will be any."""
+        try:
+            return self._places.claim(batch)
+        except BigDLError as exc:
+            for job in batch:
+                self._finish(job, exc)
+            return []
+
+    def _begin(self, job: Job, place: Place) -> None:
+        try:
+            process = place.process(job.kind)
+        except (BigDLError, OSError) as exc:
+            place.release()
+            self._finish(job, exc if isinstance(exc, BigDLError) else Lost(text=str(exc)))
+            return
         process.job, job.process = job, process
         process.is_ordered = False
-        process.slots = job.cores
-        process.cpus = self._cores.take(job.cores)
-        self._free -= job.cores
+        process.place = place
         self._order(process)
 
-    def _start(self, kind: Kind) -> Process:
-        """A new process; too many idle ones make room for it."""
-        idle = [one for one in self._processes.values() if one.job is None and one.is_connected]
-        for one in idle[: max(0, len(self._processes) + 1 - self.slots)]:
-            self._gone(one, kill=True)
-        busy = {one.crew.kind for one in self._processes.values()}
+    def new_process(self, kind: Kind, start: Callable[[int], Handle]) -> Process:
+        """One that ``start`` brings into being under the number that it is given."""
         self._count += 1
-        crew = self._crews.get(kind, busy)
-        process = crew.start(self._door.port, self._key, self._count)
-        self._processes[process.number] = process
+        process = Process(kind, self._count, start(self._count))
+        self.processes[process.number] = process
         return process
+
+    def dismiss(self, process: Process) -> None:
+        """End an idle process."""
+        self._gone(process, kill=True)
+
+    def _settle(self, folder: str) -> None:
+        if folder and not self._folder:
+            self._folder = folder
+            self._settled.set()
+            for process in self.processes.values():
+                self._order(process)
 
     def _order(self, process: Process) -> None:
         """Send the order once there are both a line and a folder."""
@@ -265,8 +303,10 @@ class Service:
         if job is None or process.is_ordered or not process.is_connected or not self._folder:
             return
         process.is_ordered = True
-        job.where = f"{job.where} (process {process.pid})"
-        self._say(process, ORDER, pickle.dumps(job.make(process.cpus, self._folder)))
+        at = f" on {process.node}" if process.node else ""
+        job.where = f"{job.where} (process {process.pid}{at})"
+        cpus = process.place.cpus if process.place is not None else None
+        self._say(process, ORDER, pickle.dumps(job.make(cpus, self._folder)))
 
     def _finish(self, job: Job, outcome: bytes | Failed | Lost | BigDLError) -> None:
         job.end(outcome)
@@ -288,14 +328,17 @@ class Service:
 
     # --- processes ---
 
-    def _welcome(self, number: int, pid: int, is_control: bool, sock: socket.socket) -> None:
-        process = self._processes.get(number)
+    def _welcome(self, number: int, pid: int, line: int, sock: socket.socket) -> None:
+        if line == SEAT:
+            self._places.welcome(number, pid, sock)
+            return
+        process, is_control = self.processes.get(number), line == CONTROL
         if process is None or (process.line if is_control else process.output) is not None:
             sock.close()
             return
         process.pid = pid
         hear = self._read_line if is_control else self._read_output
-        self._selector.register(sock, selectors.EVENT_READ, lambda events: hear(process, events))
+        self.selector.register(sock, selectors.EVENT_READ, lambda events: hear(process, events))
         if is_control:
             process.line = sock
         else:
@@ -305,7 +348,7 @@ class Service:
 
     def _read_line(self, process: Process, events: int) -> None:
         if events & selectors.EVENT_WRITE:
-            process.flush(self._selector)
+            process.flush(self.selector)
         if not events & selectors.EVENT_READ or process.line is None:
             return
         try:
@@ -323,11 +366,10 @@ class Service:
 
     def _hear(self, process: Process, kind: int, payload: bytes) -> None:
         job = process.job
-        if kind == HELLO and process.crew.kind == self._home and not self._folder:
-            self._folder = os.fsdecode(payload)
-            self._settled.set()
-            for other in self._processes.values():
-                self._order(other)
+        if kind == HELLO:
+            self._settle(self._places.ready(process, payload))
+        elif kind in (FETCH, PUT, PUT_PIECE, PUT_DONE):
+            self._serve_file(process, kind, payload)
         elif job is not None and kind == EVENT:
             job.mail.put(Mail("event", job, payload))
         elif job is not None and kind in (VALUE, FAILED):
@@ -345,7 +387,7 @@ class Service:
         if process.job is not None:
             self._show(process.job, text)
         if process.is_quiet and process.output is not None:  # it has closed its stdout
-            self._selector.unregister(process.output)
+            self.selector.unregister(process.output)
             process.output.close()
             process.output = None
 
@@ -355,36 +397,61 @@ class Service:
 
     def _say(self, process: Process, kind: int, payload: bytes = b"") -> None:
         process.out += wire.frame(kind, payload)
-        process.flush(self._selector)
+        process.flush(self.selector)
 
     def _release(self, process: Process) -> None:
         """Its slots and cores are free again."""
-        if process.cpus is not None:
-            self._cores.give_back(process.cpus)
-        self._free += process.slots
-        process.slots, process.cpus = 0, None
+        if process.place is not None:
+            process.place.release()
+        process.place = None
         if process.job is not None:
             process.job.process = None
         process.job = None
 
     def _gone(self, process: Process, *, kill: bool = False) -> None:
         """A process has hung up, or is to be killed: let it end, and say so."""
-        if self._processes.pop(process.number, None) is None:
+        if process.number not in self.processes:
             return
-        how = process.end(kill=kill)
+        process.is_ending = bool(process.is_ending) or kill
+        how = process.handle.end(kill=process.is_ending)
+        if how is None:  # another machine has to say so
+            process.hang_up(self.selector)
+            return
+        del self.processes[process.number]
         job = process.job
         text = process.flush_output()
         if job is not None:
             self._show(job, text)
-        process.close(self._selector)
+        process.close(self.selector)
         self._release(process)
         if job is not None and not job.ended.is_set():
             lost = Lost(
                 text=how or "it ended before it gave an answer.", output=process.last_lines
             )
-            self._finish(job, job.cancelled() if kill else lost)
-        if process.crew.kind == self._home and not self._folder:
-            raise WorkerError(f"No worker process could be started on this machine: {how}")
+            self._finish(job, job.cancelled() if process.is_ending else lost)
+        self._places.gone(process, how)
+
+    # --- files, for workers that do not see them ---
+
+    def _serve_file(self, process: Process, kind: int, payload: bytes) -> None:
+        """Bring a file to a worker, or take one from it."""
+        try:
+            if kind == FETCH:
+                process.feeds.append(store.pieces(os.fsdecode(payload), self._folder))
+            elif kind == PUT:
+                process.receiving = store.receive(os.fsdecode(payload), self._folder)
+            elif process.receiving is not None and kind == PUT_PIECE:
+                process.receiving[0].write(payload)
+            elif process.receiving is not None:
+                file, path = process.receiving
+                file.close()
+                os.rename(file.name, path)
+                process.receiving = None
+                self._say(process, store.DONE)
+        except OSError as exc:
+            process.drop_file()
+            self._say(process, store.DONE, store.said(exc))
+        process.flush(self.selector)
 
 
 def _remove(paths: Sequence[str]) -> None:

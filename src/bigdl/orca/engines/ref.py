@@ -12,21 +12,21 @@ import weakref
 from typing import TYPE_CHECKING, Any, cast
 
 from bigdl._base.errors import ContextError, WorkerError
-from bigdl.orca.engines import local_store as store
-from bigdl.orca.engines.local_task import show, value_of
+from bigdl.orca.engines import store
+from bigdl.orca.engines.task import show, value_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-    from bigdl.orca.engines.local_job import Job
-    from bigdl.orca.engines.local_service import Service
+    from bigdl.orca.engines.job import Job
+    from bigdl.orca.engines.service import Service
 
-__all__ = ["LocalRef", "noticed"]
+__all__ = ["KeptRef", "noticed"]
 
 _notices = threading.local()
 
 
-class LocalRef:
+class KeptRef:
     """A ``Ref``: a file of the engine's, which goes with this object.
 
     Args:
@@ -42,7 +42,7 @@ class LocalRef:
         job: Job | None = None,
         service: Service | None = None,
         *,
-        reads: Sequence[LocalRef] = (),
+        reads: Sequence[KeptRef] = (),
     ) -> None:
         self.path = path
         self.job = job
@@ -81,9 +81,9 @@ class LocalRef:
 
 
 @contextlib.contextmanager
-def noticed() -> Iterator[list[LocalRef]]:
+def noticed() -> Iterator[list[KeptRef]]:
     """The refs that this thread pickles within the block."""
-    refs: list[LocalRef] = []
+    refs: list[KeptRef] = []
     before, _notices.refs = getattr(_notices, "refs", None), refs
     try:
         yield refs

@@ -15,10 +15,10 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
     from bigdl._base.errors import BigDLError
-    from bigdl.orca.engines.local_process import Kind, Process
-    from bigdl.orca.engines.local_ref import LocalRef
-    from bigdl.orca.engines.local_worker import Order
+    from bigdl.orca.engines.host import Order
     from bigdl.orca.engines.outcome import Failed, Lost
+    from bigdl.orca.engines.process import Kind, Process
+    from bigdl.orca.engines.ref import KeptRef
 
 __all__ = ["Job", "Mail"]
 
@@ -54,7 +54,7 @@ class Job:
         where: str = "a task",
         rank: int | None = None,
         paths: Sequence[str] = (),
-        refs: Sequence[LocalRef] = (),
+        refs: Sequence[KeptRef] = (),
         mail: queue.SimpleQueue[Mail] | None = None,
     ) -> None:
         self.make = make

@@ -1,0 +1,316 @@
+"""A Spark session as the engine sees it: started or joined, and the one kind of job it runs.
+
+The only file here that imports pyspark; stays with the DataFrame API where a session has no
+more (Spark Connect).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import io
+import os
+import shutil
+import signal
+import socket
+import sys
+import threading
+import time
+import zipfile
+from typing import TYPE_CHECKING, Any
+
+import bigdl
+from bigdl._base import machine
+from bigdl._base.environment import environment
+from bigdl._base.errors import ConfigError, MissingDependencyError, TimeLimitError
+from bigdl._base.optional import need
+from bigdl.orca.engines import spark_entry
+from bigdl.orca.engines.spark_conf import (
+    contradictions,
+    is_here,
+    session_conf,
+    session_env,
+    slots_of,
+)
+
+if TYPE_CHECKING:
+    from bigdl.orca.engines.base import EngineSettings
+    from bigdl.orca.engines.host import Entrance
+
+__all__ = ["Session", "package"]
+
+_EXECUTORS_S = 120.0
+# Those that pyspark sets in the process of a session, for its own later calls.
+_VARIABLES = ("SPARK_AUTH_SOCKET_TIMEOUT", "SPARK_BUFFER_SIZE")
+
+
+class Session:
+    """A running Spark session.
+
+    Args:
+        spark: It.
+        changes: What its start has changed in this process, where we have started it and are
+            to stop it.
+    """
+
+    def __init__(self, spark: Any, changes: _Changes | None = None) -> None:
+        self.spark = spark
+        self._changes = changes
+        #: None on Spark Connect.
+        self._context = None if _is_remote(spark) else spark.sparkContext
+        self.conf = self._settings()
+
+    @classmethod
+    def open(cls, settings: EngineSettings) -> Session:
+        """Join the session that runs in this process, or start one.
+
+        Raises:
+            ConfigError: What was asked contradicts the running session, or itself.
+            MissingDependencyError: Spark is not installed.
+        """
+        need("pyspark", extra="spark", purpose="runtime='spark'")
+        need("pyarrow", extra="spark", purpose="runtime='spark'")
+        found = _running()
+        if found is not None:
+            session = cls(found)
+            wrong = contradictions(settings, session.conf, session.slots())
+            if wrong:
+                raise ConfigError(
+                    "A Spark session is running in this process, and was asked to be otherwise: "
+                    f"{'; '.join(wrong)}. Drop these arguments to join it, or stop it first."
+                )
+            return session
+        return cls._start(settings)
+
+    @classmethod
+    def _start(cls, settings: EngineSettings) -> Session:
+        conf = session_conf(settings, sys.executable, os.environ, machine.cores())
+        _need_java()
+        from pyspark.sql import SparkSession
+
+        changes = _Changes()
+        builder = SparkSession.builder
+        for name, value in conf.items():
+            builder = builder.config(name, value)
+        try:
+            with environment(**session_env(conf, os.environ)):
+                spark = builder.getOrCreate()
+        except Exception as exc:
+            changes.take_back()
+            raise ConfigError(f"Spark cannot be started: {_first_words(exc)}") from exc
+        finally:
+            _forget_options(builder)
+        changes.note()
+        return cls(spark, changes)
+
+    # --- what it has ---
+
+    @property
+    def is_here(self) -> bool:
+        """Whether all of it runs on this machine."""
+        return is_here(self.conf.get("spark.master", ""))
+
+    @property
+    def address(self) -> str:
+        """Where its tasks find this process."""
+        if self.is_here:
+            return "127.0.0.1"
+        if self._context is not None:
+            return self.conf.get("spark.driver.host") or socket.gethostname()
+        host, port = self.spark.client._builder.host, 15002  # the interface that leads there
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+            sock.connect((host, port))
+            return str(sock.getsockname()[0])
+
+    @property
+    def cores_each(self) -> int:
+        """Cores of one task."""
+        return int(self.conf.get("spark.task.cpus", "1"))
+
+    @functools.cached_property
+    def tasks(self) -> int:
+        """How many tasks it runs at once."""
+        known = slots_of(self.conf, machine.cores())
+        if known is not None:
+            return max(1, known // self.cores_each)
+        if self._context is None:
+            return self._partitions()
+        return self._offered()
+
+    def slots(self) -> int:
+        """Cores' worth of work at once."""
+        return self.tasks * self.cores_each
+
+    def _offered(self) -> int:
+        """What the executors that are there run at once, waiting for the first."""
+        java: Any = self.spark.sparkContext._jsc.sc()
+        profile = java.resourceProfileManager().defaultResourceProfile()
+        deadline = time.monotonic() + _EXECUTORS_S
+        found, since = 0, time.monotonic()
+        while time.monotonic() < deadline:
+            tasks = int(java.maxNumConcurrentTasks(profile))
+            if tasks != found:
+                found, since = tasks, time.monotonic()
+            elif found and time.monotonic() - since > 2.0:  # no more are coming
+                return found
+            time.sleep(0.1)
+        raise TimeLimitError(
+            f"The Spark cluster has given no executor within {_EXECUTORS_S:g} s. Does its "
+            "master have workers with enough free cores and memory?"
+        )
+
+    def _partitions(self) -> int:
+        """As many as Spark cuts a range into, by itself."""
+        rows = self.spark.range(100_000).selectExpr("spark_partition_id() as part").distinct()
+        return max(1, int(rows.count()))
+
+    def _settings(self) -> dict[str, str]:
+        if self._context is not None:
+            return {str(name): str(value) for name, value in self._context.getConf().getAll()}
+        return {str(name): str(value) for name, value in self.spark.conf.getAll.items()}
+
+    # --- what it does ---
+
+    def sit(self, entrance: Entrance, first: int, many: int) -> None:
+        """Run a job of ``many`` tasks, each a seat; returns when all have ended."""
+        fn = _seat_function((entrance.address, entrance.port, entrance.key), first)
+        if self._context is not None:
+            self._context.setLocalProperty("spark.job.description", f"bigdl: {many} seats")
+        rows = self.spark.range(0, many, 1, many)
+        rows.mapInArrow(fn, "seat long").collect()
+
+    def stop(self) -> None:
+        """End what we have started."""
+        if self._changes is not None:
+            self.spark.stop()
+            self._changes.take_back()
+
+
+class _Changes:
+    """What pyspark changes in this process when it starts a session, to be taken back."""
+
+    def __init__(self) -> None:
+        from pyspark import SparkContext
+
+        self._has_gateway = SparkContext._gateway is None
+        self._on_interrupt = signal.getsignal(signal.SIGINT)
+        self._path = list(sys.path)
+        self._added: list[str] = []
+        self._variables = contextlib.ExitStack()
+        before = {name: os.environ.get(name) for name in _VARIABLES}
+        self._variables.enter_context(environment(**before))
+
+    def note(self) -> None:
+        """The session has started."""
+        self._added = [path for path in sys.path if path not in self._path]
+
+    def take_back(self) -> None:
+        """The session has stopped."""
+        _end_gateway(self._has_gateway)
+        self._variables.close()
+        sys.path[:] = [path for path in sys.path if path not in self._added]
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGINT, self._on_interrupt)
+
+
+def _running() -> Any:
+    """The session that runs in this process, if one does."""
+    remote = sys.modules.get("pyspark.sql.connect.session")
+    if remote is not None:
+        found = remote.SparkSession.getActiveSession()
+        found = found or remote.SparkSession._get_default_session()
+        if found is not None:
+            return found
+    from pyspark import SparkContext
+    from pyspark.sql import SparkSession
+
+    context = SparkContext._active_spark_context
+    if context is None or context._jsc is None:
+        return None
+    session = SparkSession._instantiatedSession
+    usable = session is not None and session._sc._jsc is not None
+    return session if usable else SparkSession(context)
+
+
+def _need_java() -> None:
+    """Spark is a Java program. Raises ``MissingDependencyError`` where none is found."""
+    home = os.environ.get("JAVA_HOME")
+    if shutil.which(os.path.join(home, "bin", "java") if home else "java") is None:
+        where = f"in JAVA_HOME={home!r}" if home else "on the PATH"
+        raise MissingDependencyError(
+            f"runtime='spark' needs a Java 17 or 21 runtime, and there is no java {where}. "
+            "Debian, Ubuntu: apt-get install openjdk-17-jre-headless"
+        )
+
+
+def _is_remote(spark: Any) -> bool:
+    return type(spark).__module__.startswith("pyspark.sql.connect")
+
+
+def _end_gateway(is_ours: bool) -> None:
+    """Let the Java process end that pyspark keeps for a next session."""
+    from pyspark import SparkContext
+
+    gateway = SparkContext._gateway
+    if not is_ours or gateway is None:
+        return
+    with SparkContext._lock:
+        SparkContext._gateway = SparkContext._jvm = None
+    gateway.shutdown()
+    process = getattr(gateway, "proc", None)
+    if process is not None:
+        process.stdin.close()  # its sign to end
+        try:
+            process.wait(10)
+        except Exception:  # noqa: BLE001  (TimeoutExpired; whatever else, it has to end)
+            process.kill()
+            process.wait()
+
+
+def _forget_options(builder: Any) -> None:
+    """The builder belongs to the class: the next session would be started with our settings."""
+    with builder._lock:
+        builder._options.clear()
+
+
+def _first_words(exc: BaseException) -> str:
+    """The part of a Java exception that says something."""
+    lines = [line.strip() for line in str(exc).splitlines() if line.strip()]
+    told = [line for line in lines if not line.startswith(("at ", "..."))]
+    return " ".join(told[:4])[:600] or type(exc).__name__
+
+
+def _seat_function(door: tuple[str, int, bytes], first: int) -> Any:
+    """What each task runs. It holds its own code, for executors that have none of ours."""
+    scope: dict[str, Any] = {"__name__": "__main__", "_DOOR": door, "_FIRST": first}
+    with open(spark_entry.__file__, encoding="utf-8") as file:
+        scope["_TEXT"] = file.read()
+    exec(_TASK, scope)  # a function of no module travels by value
+    return scope["_seat_of_task"]
+
+
+_TASK = """
+def _seat_of_task(rows):
+    import os
+    from pyspark import SparkFiles, TaskContext
+
+    for _ in rows:
+        pass
+    scope = {"__name__": "bigdl_spark_entry"}
+    exec(compile(_TEXT, "spark_entry.py", "exec"), scope)
+    task = TaskContext.get()
+    folder = os.path.abspath(SparkFiles.getRootDirectory())
+    scope["sit"](_FIRST + task.partitionId(), task.attemptNumber(), folder, _DOOR)
+    return iter(())
+"""
+
+
+@functools.cache
+def package() -> tuple[str, bytes]:
+    """(What tells our package from another copy, the package as a zip file)."""
+    [folder, *_] = bigdl.__path__
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, path in spark_entry.sources(folder):
+            archive.write(path, f"bigdl/{name}")
+    return spark_entry.digest(folder), file.getvalue()

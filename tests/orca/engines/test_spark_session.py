@@ -1,0 +1,235 @@
+"""Spark sessions from start to stop: what is started ends, what is joined stays."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+
+from bigdl.errors import ConfigError, MissingDependencyError
+from bigdl.orca import init_orca_context
+from bigdl.orca.engines import ENGINES, spark_session
+from bigdl.orca.engines.base import EngineSettings
+from bigdl.testing.processes import are_gone
+
+LIFE = textwrap.dedent("""
+    import os, signal, sys
+    from pyspark import SparkContext
+    from bigdl.orca import OrcaContext, init_orca_context, stop_orca_context
+    from bigdl.orca.context import current_engine
+
+    before = dict(os.environ), signal.getsignal(signal.SIGINT), list(sys.path)
+    for cores in (1, 2):
+        context = init_orca_context(runtime="spark", cores=cores)
+        assert (context.runtime, context.slots) == ("spark", cores)
+        assert context.spark is OrcaContext.get_spark_session()
+        assert context.spark.sparkContext.uiWebUrl is None
+        look = lambda ctx: (sys.executable, os.environ["OMP_NUM_THREADS"], os.getppid())
+        found = current_engine().gang(look, 1)
+        assert found[0][:2] == (sys.executable, str(cores)), found
+        java = SparkContext._gateway.proc.pid
+        print(java, found[0][2], flush=True)
+        stop_orca_context()
+        assert SparkContext._active_spark_context is SparkContext._gateway is None
+        assert (dict(os.environ), signal.getsignal(signal.SIGINT), list(sys.path)) == before
+    init_orca_context(runtime="spark", cores=1)
+    print(SparkContext._gateway.proc.pid, flush=True)
+    sys.exit(5)  # it stops by itself
+""")
+
+
+def test_started_stopped_started_again(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-c", LIFE],
+        capture_output=True, text=True, timeout=120, env={**os.environ, "TMPDIR": str(tmp_path)},
+    )  # fmt: skip
+    assert done.returncode == 5, done.stderr[-3000:]
+    assert "Exception" not in done.stderr
+    pids = [int(pid) for pid in done.stdout.split()]
+    assert len(pids) == 5
+    assert are_gone(pids, 5)
+    assert [path.name for path in tmp_path.iterdir()] == []
+
+
+CONNECT = textwrap.dedent("""
+    import os, signal, time
+    from pyspark.sql import SparkSession
+    from bigdl.errors import WorkerLostError
+    from bigdl.orca import init_orca_context, stop_orca_context
+    from bigdl.orca.context import current_engine
+
+    spark = SparkSession.builder.remote("local[2]").getOrCreate()
+    context = init_orca_context(runtime="spark")
+    assert context.spark is spark
+    assert context.slots == 2, context.slots
+    engine = current_engine()
+    assert engine.gang(lambda ctx: ctx.rank, 2) == [0, 1]
+    assert engine.gather(engine.map(str, engine.scatter([1, 2, 3]))) == ["1", "2", "3"]
+    task = engine.submit(time.sleep, 600)
+    task.poll(1)
+    task.cancel()
+    try:
+        engine.submit(lambda: os.kill(os.getpid(), signal.SIGKILL)).result()
+    except WorkerLostError as exc:
+        assert "SIGKILL" in str(exc)
+    assert engine.gang(lambda ctx: ctx.rank, 2) == [0, 1]
+    assert engine.preflight().faults() == []
+    stop_orca_context()
+    assert spark.range(7).count() == 7
+    print("done")
+    spark.stop()
+""")
+
+
+@pytest.mark.slow
+def test_spark_connect(tmp_path):
+    pytest.importorskip("grpc_status", reason="Spark Connect needs grpcio-status")
+    done = subprocess.run(
+        [sys.executable, "-c", CONNECT],
+        capture_output=True, text=True, timeout=180, cwd=tmp_path,
+        env={**os.environ, "PYSPARK_PYTHON": sys.executable},
+    )  # fmt: skip
+    assert done.stdout.splitlines()[-1:] == ["done"], done.stderr[-3000:]
+
+
+@pytest.mark.slow
+def test_a_real_standalone_cluster(tmp_path):
+    """A master and two workers, started as from a download; the contract's calls."""
+    import pyspark
+
+    home = Path(pyspark.__file__).parent
+    env = {
+        **os.environ, "SPARK_HOME": str(home), "PYSPARK_PYTHON": sys.executable,
+        "SPARK_LOCAL_IP": "127.0.0.1", "SPARK_DAEMON_MEMORY": "256m",
+    }  # fmt: skip
+    ports = {"master": _free_port(), "ui": _free_port()}
+    url = f"spark://127.0.0.1:{ports['master']}"
+    start = [str(home / "bin" / "spark-class")]
+    deploy = "org.apache.spark.deploy"
+    commands = [
+        [f"{deploy}.master.Master", "--host", "127.0.0.1", "--port", str(ports["master"]),
+         "--webui-port", str(ports["ui"])],
+        *(
+            [f"{deploy}.worker.Worker", "--host", "127.0.0.1", "--webui-port", str(_free_port()),
+             "-c", "2", "-m", "2g", "--work-dir", str(tmp_path / f"work-{i}"), url]
+            for i in range(2)
+        ),
+    ]  # fmt: skip
+    daemons = [
+        subprocess.Popen(
+            [*start, *command], env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
+        for command in commands
+    ]
+    try:
+        file = _contract(tmp_path, url)
+        done = subprocess.run(
+            [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(file)],
+            capture_output=True, text=True, timeout=400,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stdout[-5000:]
+        assert " passed" in done.stdout
+    finally:
+        for daemon in daemons:
+            daemon.terminate()
+        for daemon in daemons:
+            daemon.wait(20)
+
+
+def _free_port() -> int:
+    import socket
+
+    with socket.create_server(("127.0.0.1", 0)) as sock:
+        return int(sock.getsockname()[1])
+
+
+def _contract(folder: Path, url: str) -> Path:
+    """The contract, as a file of tests for a process of its own."""
+    file = folder / "test_standalone.py"
+    file.write_text(
+        textwrap.dedent(f"""
+        import pytest
+        from bigdl.orca.engines import ENGINES
+        from bigdl.orca.engines.base import EngineSettings
+        from bigdl.testing.engine import EngineContract
+
+        def _open(**settings):
+            return ENGINES.get("spark").open(EngineSettings(**settings))
+
+        @pytest.fixture(scope="module", autouse=True)
+        def session():
+            engine = _open(cluster_mode="standalone", master={url!r}, cores=2, num_nodes=2,
+                           memory_bytes=1 << 30)
+            yield
+            engine.close()
+
+        class TestStandalone(EngineContract):
+            @classmethod
+            def open_engine(cls):
+                return _open()
+        """)
+    )
+    return file
+
+
+ELASTIC = textwrap.dedent("""
+    import time
+    from bigdl.orca import init_orca_context, stop_orca_context
+    from bigdl.orca.context import current_engine
+
+    name = "spark.dynamicAllocation."
+    context = init_orca_context(
+        "standalone", master="local-cluster[2,2,1024]",
+        conf={name + "enabled": "true", name + "shuffleTracking.enabled": "true",
+              name + "minExecutors": "0", name + "maxExecutors": "2",
+              name + "executorIdleTimeout": "3s", "spark.executor.cores": "2"},
+    )
+    java = context.spark.sparkContext._jsc.sc()
+    count = lambda: java.statusTracker().getExecutorInfos().__len__() - 1
+    deadline = time.monotonic() + 40
+    while count() and time.monotonic() < deadline:
+        time.sleep(0.2)
+    before = count()
+    ranks = current_engine().gang(lambda ctx: ctx.rank, 4)
+    print(before, ranks, count())
+    stop_orca_context()
+""")
+
+
+@pytest.mark.slow
+def test_a_gang_where_spark_had_given_its_executors_back():
+    done = subprocess.run(
+        [sys.executable, "-c", ELASTIC], capture_output=True, text=True, timeout=180
+    )
+    assert done.stdout.splitlines()[-1:] == ["0 [0, 1, 2, 3] 2"], done.stderr[-3000:]
+
+
+# --- what cannot be started -------------------------------------------------------------------
+
+
+def test_without_java_the_error_says_what_to_install(monkeypatch, tmp_path):
+    monkeypatch.setattr(spark_session, "_running", lambda: None)
+    monkeypatch.setenv("JAVA_HOME", str(tmp_path))
+    with pytest.raises(MissingDependencyError, match=r"Java 17 or 21.*openjdk-17-jre-headless"):
+        ENGINES.get("spark").open(EngineSettings(cores=2))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        ({"cluster_mode": "yarn-cluster"}, "spark-submit"),
+        ({"cluster_mode": "k8s", "master": "k8s://https://x"}, "container.image"),
+        ({"cluster_mode": "standalone", "master": "x:7077"}, "no standalone master"),
+        ({"runtime": "spark", "cores": 2, "conf": {"spark.master": "local[3]"}}, "cores=2"),
+    ],
+    ids=str,
+)
+def test_misuse_is_answered_before_anything_starts(arguments, says, monkeypatch):
+    monkeypatch.setattr(spark_session, "_running", lambda: None)
+    monkeypatch.setattr(spark_session, "_need_java", lambda: pytest.fail("it goes on"))
+    with pytest.raises(ConfigError, match=says):
+        init_orca_context(**arguments)
