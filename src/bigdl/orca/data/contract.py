@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias, runtime_che
 import numpy as np
 
 from bigdl._base.errors import ConfigError, DataError
+from bigdl._base.rows import part
 from bigdl._base.trees import Tree, leaves, rows
 
 if TYPE_CHECKING:
@@ -250,13 +251,6 @@ class Request:
         given = [name for name in names if getattr(self, name) is not None]
         if given:
             raise ConfigError(f"{self.call}() got {', '.join(given)} beside {kind}. {why}")
-
-
-def part(total: int, rank: int, world: int) -> tuple[int, int]:
-    """First and last-but-one row of one rank's part: contiguous parts, larger ones first."""
-    least, larger = divmod(total, world)
-    first = rank * least + min(rank, larger)
-    return first, first + least + (rank < larger)
 
 
 def checked_rows(tree: Tree, expected: int, what: str) -> Tree:

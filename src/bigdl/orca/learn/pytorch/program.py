@@ -10,9 +10,9 @@ import torch
 
 from bigdl._base.calls import shown
 from bigdl._base.errors import ArgumentError, ConfigError
+from bigdl.nano.pytorch.processes.streams import Streams
 from bigdl.orca.learn.pytorch.losses import LossReduction, read_loss
 from bigdl.orca.learn.pytorch.metrics import read_metrics
-from bigdl.orca.learn.pytorch.streams import Streams
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping

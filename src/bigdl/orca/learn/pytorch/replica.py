@@ -14,12 +14,12 @@ import torch
 
 from bigdl._base import trees
 from bigdl._base.errors import DataError, NotReadyError
+from bigdl.nano.pytorch.processes.memory import broadcast
+from bigdl.nano.pytorch.processes.streams import Streams
 from bigdl.orca.learn.program import Cursor, Hooks, ReplicaContext, State, StepEnd
 from bigdl.orca.learn.pytorch import calling, storing
 from bigdl.orca.learn.pytorch.gradients import Gradients, connect_gradients
-from bigdl.orca.learn.pytorch.memory import broadcast
 from bigdl.orca.learn.pytorch.metrics import Tally
-from bigdl.orca.learn.pytorch.streams import Streams
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence

@@ -14,7 +14,7 @@ import torch
 
 from bigdl._base.errors import ConfigError
 from bigdl._base.sync import gather_bytes
-from bigdl.orca.learn.pytorch.memory import flat, strided
+from bigdl.nano.pytorch.processes.memory import flat, strided
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
