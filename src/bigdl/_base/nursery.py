@@ -22,19 +22,27 @@ import traceback
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from bigdl._base.environment import environment
+from bigdl._base.errors import NotReadyError
 from bigdl._base.workers import ENDED, FRAME, KILL, STARTED, dumps, search_path
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
     from multiprocessing.connection import Connection
 
-__all__ = ["emit"]
+__all__ = ["emit", "take_over"]
 
 
 def emit(event: Any) -> None:
     """Send ``event`` from inside a worker to its caller; outside a worker it does nothing."""
     if _line is not None:
         _line.send("event", event)
+
+
+def take_over() -> int:
+    """Inside a worker: the next file descriptor that its caller hands over; waits for it."""
+    if _line is None:
+        raise NotReadyError("Only a worker process can take over a file descriptor.")
+    return _line.take_over()
 
 
 class _Line:
@@ -48,6 +56,15 @@ class _Line:
         content = value if kind == "error" else dumps(value)
         with self._lock:
             self._channel.send_bytes(pickle.dumps((kind, content)))
+
+    def take_over(self) -> int:
+        # the channel reads no byte more than a message has, so that this one is still there
+        with socket.socket(fileno=os.dup(self._channel.fileno())) as line:
+            said, fds, _, _ = socket.recv_fds(line, 1, 1)
+        if not said or not fds:
+            raise ConnectionError("The caller has hung up.")
+        os.set_inheritable(fds[0], False)
+        return fds[0]
 
 
 _line: _Line | None = None

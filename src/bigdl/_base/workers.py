@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import io
 import json
 import os
 import pickle
@@ -30,6 +31,7 @@ import tempfile
 import threading
 import time
 import weakref
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, Literal, TypeVar, cast
 
 from bigdl._base.errors import ConfigError, TimeLimitError, WorkerError, WorkerLostError
@@ -39,7 +41,7 @@ if TYPE_CHECKING:
     from multiprocessing.connection import Connection
     from types import ModuleType
 
-__all__ = ["Worker", "Workers", "dumps", "run_in_child"]
+__all__ = ["Worker", "Workers", "dumps", "is_importable", "rebuilt", "run_in_child"]
 
 T = TypeVar("T")
 
@@ -151,6 +153,17 @@ class Workers:
             worker.cancel()
             raise
         return worker
+
+    def scratch(self) -> Path:
+        """A folder for files that the workers read: gone with them, however the caller ends."""
+        if self._control is None:
+            self._start_nursery()
+        return Path(self._scratch)
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether workers can be started: False once the nursery is gone."""
+        return self._nursery is None or self._nursery.poll() is None
 
     def close(self) -> None:
         """Kill what still runs and give everything back; calling it twice is harmless."""
@@ -292,6 +305,16 @@ class Worker:
             self.cancel()
         return self._open_answer()
 
+    def hand_over(self, fd: int) -> None:
+        """Give the worker a file descriptor, which its function takes by ``take_over``.
+
+        Nothing with a name has to be made for the two to share a socket or a file, so that
+        nothing can be left behind.
+        """
+        with socket.socket(fileno=os.dup(self._channel.fileno())) as line:
+            with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # seen by ``result``
+                socket.send_fds(line, [b"f"], [fd])
+
     def cancel(self) -> None:
         """Kill the worker, if it still runs, with everything it has started."""
         owner = self._owner
@@ -356,15 +379,32 @@ class Worker:
         kind, content = self._answer
         if kind == "value":
             return pickle.loads(content)
-        name, text, trace, blob = content
-        cause = WorkerError(f"Raised in a worker process:\n{trace}", traceback=trace)
-        try:
-            error = pickle.loads(blob)
-        except Exception:  # noqa: BLE001  (any code may run in there; the text is what matters)
-            error = None
-        if not isinstance(error, BaseException):
-            raise WorkerError(f"{name}: {text}", traceback=trace) from cause
-        raise error from cause
+        raise rebuilt(content, "a worker process")
+
+
+def rebuilt(
+    description: tuple[str, str, str, bytes | None], where: str, rank: int | None = None
+) -> BaseException:
+    """The exception that a worker has described, to be raised here.
+
+    Args:
+        description: (type, text, traceback, the exception pickled or None).
+        where: "worker 1 of 4", for the text of its cause.
+        rank: The worker's, where it has one.
+
+    Returns:
+        The exception as its own type, or a ``WorkerError`` with its words; its cause is set.
+    """
+    name, text, trace, blob = description
+    cause = WorkerError(f"Raised in {where}:\n{trace}", rank=rank, traceback=trace)
+    try:
+        error = None if blob is None else pickle.loads(blob)
+    except Exception:  # noqa: BLE001  (any code may run in there; the text is what matters)
+        error = None
+    if not isinstance(error, BaseException):
+        error = WorkerError(f"{name}: {text}", rank=rank, traceback=trace)
+    error.__cause__ = cause
+    return error
 
 
 def _ending(status: int) -> str:
@@ -393,21 +433,39 @@ def _last_words(output: str, limit: int = 8) -> str:
 _registering = threading.Lock()
 
 
-def dumps(value: Any) -> bytes:
+def dumps(value: Any, *, outside: Callable[[Any], Any] | None = None) -> bytes:
     """Pickle ``value`` so that a worker can read it.
 
     Code of modules that a worker cannot import (``__main__``, a module loaded from a path)
     travels by value, all other code by name.
+
+    Args:
+        value: Anything that cloudpickle can send.
+        outside: Gives the name of an object that travels in another way, None for all others;
+            the reader needs an ``Unpickler`` whose ``persistent_load`` knows the names.
     """
     import cloudpickle
 
+    kind = cloudpickle.Pickler if outside is None else _pickler(outside)
+    file = io.BytesIO()
     with _registering:  # cloudpickle's list of modules is global
         here = [module for module in _unreachable() if _register(module)]
         try:
-            return cloudpickle.dumps(value, protocol=pickle.HIGHEST_PROTOCOL)
+            kind(file, protocol=pickle.HIGHEST_PROTOCOL).dump(value)
+            return file.getvalue()
         finally:
             for module in here:
                 cloudpickle.unregister_pickle_by_value(module)
+
+
+def _pickler(outside: Callable[[Any], Any]) -> Any:
+    import cloudpickle
+
+    class Pickler(cloudpickle.Pickler):  # type: ignore[misc]
+        def persistent_id(self, item: Any) -> Any:
+            return outside(item)
+
+    return Pickler
 
 
 def _register(module: ModuleType) -> bool:
@@ -427,7 +485,7 @@ def _unreachable() -> Iterable[ModuleType]:
         file = getattr(module, "__file__", None)
         if name == "__main__" or name != getattr(module, "__name__", None) or not file:
             continue  # cloudpickle sends __main__ by value itself
-        if not _real_path(file).startswith(roots) and not _found(name.partition(".")[0]):
+        if not _real_path(file).startswith(roots) and not is_importable(name.partition(".")[0]):
             yield module
 
 
@@ -437,7 +495,7 @@ def _real_path(file: str) -> str:
     return os.path.realpath(file)
 
 
-def _found(name: str) -> bool:
+def is_importable(name: str) -> bool:
     """Whether an import hook (an editable install's, say) finds a top-level module."""
     for finder in sys.meta_path:
         find = getattr(finder, "find_spec", None)
