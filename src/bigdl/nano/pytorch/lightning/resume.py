@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from bigdl._base.errors import StoredModelError
 from bigdl.nano.pytorch.lightning.host import part
 from bigdl.nano.pytorch.plan import streams
+from bigdl.nano.pytorch.processes.part_loader import whole
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -104,7 +105,8 @@ class _FitLoop(_StockFitLoop):  # type: ignore[misc,valid-type]
 
     @property
     def loaders(self) -> list[Any]:
-        return [] if self._combined_loader is None else list(self._combined_loader.flattened)
+        combined = self._combined_loader
+        return [] if combined is None else [whole(one) for one in combined.flattened]
 
     @property
     def has_own_state(self) -> bool:

@@ -200,8 +200,10 @@ class _Shared(_Whole):
     def reduce(self, *, rows: int, weight: float, loss: float, unit: float, stop: bool) -> Outcome:
         used = [parameter.grad is not None for parameter in self.parameters]
         for parameter, view in zip(self.parameters, self._views, strict=True):
-            if parameter.grad is not None and parameter.grad.dtype != view.dtype:
-                view.copy_(parameter.grad)
+            made = parameter.grad
+            # of another dtype; or put there by somebody else than the backward pass
+            if made is not None and (made.is_sparse or made.data_ptr() != view.data_ptr()):
+                view.copy_(made.to_dense() if made.is_sparse else made)
         outcome = self._kernel.reduce(
             Contribution(used=used, rows=rows, weight=weight, loss=loss, unit=unit, stop=stop)
         )

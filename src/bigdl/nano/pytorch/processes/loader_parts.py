@@ -55,7 +55,7 @@ class Parts:
         self._running: Any = None
 
     def meet(self, streams: AbstractContextManager[None], *, start: int = 0) -> Iterator[Part]:
-        """One iteration.
+        """One iteration; the loader's own iterator is made at once, as ``iter`` does.
 
         Args:
             streams: In its block the global random streams are the same on every rank.
@@ -66,11 +66,10 @@ class Parts:
         """
         loader = self._loader
         if is_stock(loader) and not is_stream(loader) and _has_lists(loader):
-            yield from self._indexed(loader, streams, start)
-        elif is_stock(loader) and is_stream(loader) and loader.batch_size is not None:
-            yield from _from(start, self._stream(loader, streams))
-        else:
-            yield from _from(start, self._whole(loader, streams))
+            return self._indexed(loader, streams, start)
+        if is_stock(loader) and is_stream(loader) and loader.batch_size is not None:
+            return _from(start, self._stream(loader, streams))
+        return _from(start, self._whole(loader, streams))
 
     def close(self) -> None:
         """End the loader's own processes."""
@@ -87,7 +86,11 @@ class Parts:
         changes: dict[str, Any] = {"batch_sampler": order}
         if loader.batch_size is None and loader.batch_sampler is None:
             changes = {"batch_size": None, "sampler": order}
-        running = self._running = iter(_like(loader, generator=self._generator(loader), **changes))
+        running = iter(_like(loader, generator=self._generator(loader), **changes))
+        self._running = running
+        return self._cut(running, order, start)
+
+    def _cut(self, running: Any, order: CutOrder, start: int) -> Iterator[Part]:
         for data in running:
             for here, total in order.empty_ones():
                 yield _part(None, here, total)
@@ -110,12 +113,14 @@ class Parts:
         collate = _CutCollate(loader.collate_fn, self._rank, self._world)
         changes = {"batch_size": loader.batch_size, "drop_last": loader.drop_last}
         cut = _like(loader, generator=loader.generator, collate_fn=collate, **changes)
-        for data, here, total in self._pulled(cut, streams):
-            yield _part(data, here, total)
+        return (_part(*item) for item in self._pulled(cut, streams))
 
     def _whole(self, loader: DataLoader[Any], streams: Any) -> Iterator[Part]:
         """Every rank reads all batches, and keeps its part of their rows."""
-        for data in self._pulled(loader, streams):
+        return self._halves(self._pulled(loader, streams))
+
+    def _halves(self, batches: Iterator[Any]) -> Iterator[Part]:
+        for data in batches:
             total = rows(data, "the batch")
             first, last = part(total, self._rank, self._world)
             if total:
@@ -125,6 +130,9 @@ class Parts:
         """The items of a loader that all ranks read: all draws are from the epoch's streams."""
         with streams:
             running = self._running = iter(loader)
+        return self._drawn(running, streams)
+
+    def _drawn(self, running: Any, streams: Any) -> Iterator[Any]:
         nothing = object()
         while True:
             with streams:

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from bigdl._base.collective import Collective
     from bigdl.nano.pytorch.processes.streams import Streams
 
-__all__ = ["PartLoader"]
+__all__ = ["PartLoader", "whole"]
 
 
 class PartLoader:
@@ -42,6 +42,11 @@ class PartLoader:
 
     def __setattr__(self, name: str, value: Any) -> None:
         setattr(self.loader, name, value)
+
+
+def whole(loader: Any) -> Any:
+    """The loader that a ``PartLoader`` gives parts of; any other is given back."""
+    return vars(loader)["loader"] if isinstance(loader, PartLoader) else loader
 
 
 class _Iteration:
