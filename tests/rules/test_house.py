@@ -81,6 +81,7 @@ SCOPED: dict[str, set[str]] = {
     "_base/nursery.py": {"os.chdir", "signal.signal"},
     "nano/accelerators/onnxruntime.py": {"addHandler", "setLevel"},
     "nano/accelerators/openvino.py": {"setLevel"},
+    "nano/pytorch/lightning/launcher.py": {"use_deterministic_algorithms"},
     "nano/pytorch/inference/context.py": {"set_num_threads"},
     "nano/pytorch/plan/process.py": {"set_num_threads"},
     "nano/pytorch/inference/smoke.py": {"torch.manual_seed"},

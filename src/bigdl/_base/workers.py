@@ -311,9 +311,11 @@ class Worker:
         Nothing with a name has to be made for the two to share a socket or a file, so that
         nothing can be left behind.
         """
-        with socket.socket(fileno=os.dup(self._channel.fileno())) as line:
-            with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # seen by ``result``
-                socket.send_fds(line, [b"f"], [fd])
+        with (
+            socket.socket(fileno=os.dup(self._channel.fileno())) as line,
+            contextlib.suppress(BrokenPipeError, ConnectionResetError),  # seen by ``result``
+        ):
+            socket.send_fds(line, [b"f"], [fd])
 
     def cancel(self) -> None:
         """Kill the worker, if it still runs, with everything it has started."""

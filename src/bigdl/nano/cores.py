@@ -62,9 +62,7 @@ def divided(
             f"{names[0]}={processes} with {names[1]}={each} needs {processes * each} cores, but "
             f"{len(usable)} are usable here."
         )
-    return tuple(
-        _settings(usable[i * each : (i + 1) * each], allocator) for i in range(processes)
-    )
+    return tuple(_settings(usable[i * each : (i + 1) * each], allocator) for i in range(processes))
 
 
 def check_count(name: str, value: Any) -> None:

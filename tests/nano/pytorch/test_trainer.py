@@ -534,11 +534,7 @@ def test_lightnings_environment_variables_still_count(monkeypatch):
     [
         ({"max_epoch": 1}, ArgumentError, "no argument 'max_epoch'. Did you mean 'max_epochs'"),
         ({"accelerations": "off"}, ArgumentError, "Did you mean 'acceleration'"),
-        ({"num_processes": 2}, ArgumentError, "'num_processes' yet.*devices="),
-        ({"distributed_backend": "spawn"}, ArgumentError, "'distributed_backend' yet"),
-        ({"cpu_for_each_process": [[0]]}, ArgumentError, "'cpu_for_each_process' yet"),
-        ({"auto_lr": True}, ArgumentError, "'auto_lr' yet"),
-        ({"sync": "sharded"}, ArgumentError, "'sync' yet"),
+        ({"auto_lr": 2}, ArgumentError, "auto_lr takes True or False"),
         ({"use_ipex": True}, ArgumentError, "IPEX has ended"),
         ({"channels_last": True}, ArgumentError, "acceleration='auto' tries it"),
         ({"gpus": 1}, ArgumentError, "accelerator='gpu'"),

@@ -22,7 +22,8 @@ from bigdl.nano.pytorch.lightning.session import Session
 from bigdl.nano.pytorch.lightning.summed_loops import install_parts
 from bigdl.nano.pytorch.lightning.summed_strategy import SummedStrategy
 from bigdl.nano.pytorch.module import CompiledModule, compiled
-from bigdl.nano.pytorch.plan.plan import Plan
+from bigdl.nano.pytorch.plan.candidates import NAMES
+from bigdl.nano.pytorch.plan.plan import Plan, Row
 from bigdl.nano.pytorch.processes.settings import check_settings
 from bigdl.nano.pytorch.trainer_names import COMPILE, TRAINER
 
@@ -87,6 +88,7 @@ class Trainer(_StockTrainer):  # type: ignore[misc]
             num_processes, distributed_backend, cpu_for_each_process, auto_lr, sync
         )
         if settings.world > 1:
+            _check_shared(settings, acceleration)
             lightning |= _in_processes(settings, lightning)
         self._acceleration = acceleration
         self._guard = guard
@@ -124,9 +126,10 @@ class Trainer(_StockTrainer):  # type: ignore[misc]
     def _run_stage(self) -> Any:
         if not self.training:
             return super()._run_stage()
+        shared = isinstance(self.strategy, SummedStrategy)
         session = Session(
             self,
-            self._acceleration,
+            "off" if shared else self._acceleration,
             self._guard,
             kept=self._kept_plan,
             epochs=self._given_epochs,
@@ -138,6 +141,8 @@ class Trainer(_StockTrainer):  # type: ignore[misc]
         finally:
             session.end()
             self._plan, self._plan_key = session.plan, session.key
+            if shared and self._acceleration == "auto":
+                self._plan = _nothing_tried(self.strategy.settings)
             self._session = self._kept_plan = None
 
     # --- in checkpoints ---
@@ -265,6 +270,28 @@ def _check_values(acceleration: Any, guard: Any) -> None:
         )
     if not isinstance(guard, Guard):
         raise ArgumentError(f"Trainer(guard=…) takes a Guard, not {type(guard).__name__}.")
+
+
+def _check_shared(settings: Settings, acceleration: Any) -> None:
+    """Refuse a plan where several processes would have to follow it alike."""
+    if isinstance(acceleration, Plan) and acceleration.chosen:
+        raise ConfigError(
+            f"Trainer(num_processes={settings.world}, acceleration=Plan) cannot be: a plan is for "
+            f"one process, and this one chooses {', '.join(acceleration.chosen)}. Leave out one "
+            "of them."
+        )
+
+
+def _nothing_tried(settings: Settings) -> Plan:
+    """The plan of a run in several processes: yours is kept."""
+    reason = "a plan is made in one process, and num_processes= trains in several"
+    rows = {name: Row(name=name, status="skipped", reason=reason) for name in NAMES}
+    rows["processes"] = Row(
+        name="processes",
+        status="skipped",
+        reason=f"yours are kept: num_processes={settings.world}",
+    )
+    return Plan(rows=tuple(rows.values()))
 
 
 def _in_processes(settings: Settings, lightning: dict[str, Any]) -> dict[str, Any]:

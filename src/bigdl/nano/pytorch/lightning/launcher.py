@@ -211,4 +211,6 @@ def _has_rows(item: Any) -> bool:
 
 
 def _cat(leaves: Sequence[Any]) -> Any:
-    return torch.cat(list(leaves)) if isinstance(leaves[0], torch.Tensor) else np.concatenate(leaves)
+    return (
+        torch.cat(list(leaves)) if isinstance(leaves[0], torch.Tensor) else np.concatenate(leaves)
+    )

@@ -52,9 +52,7 @@ class SummedLogs(_StockConnector):  # type: ignore[misc,valid-type]
 # --- a step -----------------------------------------------------------------------------------
 
 
-def sum_step(
-    collective: Collective, results: Any, before: Mapping[str, Any], rows: int
-) -> None:
+def sum_step(collective: Collective, results: Any, before: Mapping[str, Any], rows: int) -> None:
     """After a step: numbers that it logged become those of the global batch.
 
     Args:

@@ -31,9 +31,7 @@ _DataLoaderIterDataFetcher = part("loops.fetchers:_DataLoaderIterDataFetcher")
 def install_parts(trainer: Any) -> None:
     """Give a trainer that was just made loops that know of parts."""
     epoch_loop = trainer.fit_loop.epoch_loop
-    made = _PartsEpochLoop(
-        trainer, min_steps=epoch_loop.min_steps, max_steps=epoch_loop.max_steps
-    )
+    made = _PartsEpochLoop(trainer, min_steps=epoch_loop.min_steps, max_steps=epoch_loop.max_steps)
     trainer.fit_loop.epoch_loop = made
     made.val_loop = _like(made.val_loop, _PartsEvaluationLoop)
     trainer.validate_loop = _like(trainer.validate_loop, _PartsEvaluationLoop)

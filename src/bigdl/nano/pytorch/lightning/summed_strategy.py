@@ -211,7 +211,9 @@ class SummedStrategy(_SingleDeviceStrategy):  # type: ignore[misc,valid-type]
     def predict_step(self, *args: Any, **kwargs: Any) -> Any:
         return super().predict_step(*args, **kwargs) if self.has_rows else NO_ROWS
 
-    def backward(self, closure_loss: torch.Tensor, optimizer: Any, *args: Any, **kwargs: Any) -> Any:
+    def backward(
+        self, closure_loss: torch.Tensor, optimizer: Any, *args: Any, **kwargs: Any
+    ) -> Any:
         self._summed.clear()
         if not self.has_rows:
             return closure_loss.detach()
