@@ -516,7 +516,8 @@ def test_the_tripwire_in_manual_optimization():
 def test_signature_shows_every_argument():
     ours = list(inspect.signature(Trainer).parameters)
     theirs = list(inspect.signature(pl.Trainer).parameters)
-    assert ours == ["acceleration", "guard", *theirs]
+    shared = ["num_processes", "distributed_backend", "cpu_for_each_process", "auto_lr", "sync"]
+    assert ours == ["acceleration", "guard", *shared, *theirs]
     assert inspect.signature(Trainer).parameters["acceleration"].default == "auto"
     assert inspect.signature(Trainer).parameters["guard"].default == Guard()
 
