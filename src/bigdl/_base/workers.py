@@ -422,6 +422,7 @@ def first_ended(workers: Sequence[Worker]) -> Worker:
                 return worker
         lines = {worker._owner._line(): worker._owner for worker in workers}
         channels = {worker._channel: worker for worker in workers if not worker._drained}
+        ready: Any
         for ready in wait([*channels, *lines]):
             if ready in channels:
                 channels[ready]._read(None)

@@ -99,7 +99,8 @@ def _one_of(values: list[tuple[str, Any, float]]) -> Any:
         shape = (-1, *[1] * first.ndim)
         made = (numbers * (weights / total).view(shape)).sum(0) if total else numbers.mean(0)
     else:
-        made = {"sum": torch.sum, "max": torch.amax, "min": torch.amin}[how](numbers, 0)
+        reduce: Any = {"sum": torch.sum, "max": torch.amax, "min": torch.amin}[how]
+        made = reduce(numbers, 0)
     return made.to(first.dtype)
 
 

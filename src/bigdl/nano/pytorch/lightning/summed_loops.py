@@ -40,7 +40,7 @@ def install_parts(trainer: Any) -> None:
     trainer._logger_connector = _like(trainer._logger_connector, SummedLogs)
 
 
-def _like(stock: Any, kind: type) -> Any:
+def _like(stock: Any, kind: Any) -> Any:
     """An object of ``kind``, which extends the class of ``stock``, with all that it has."""
     made = kind.__new__(kind)
     vars(made).update(vars(stock))
@@ -65,7 +65,8 @@ class _PartsEvaluationLoop(_EvaluationLoop):  # type: ignore[misc,valid-type]
     def reset(self) -> None:
         super().reset()
         if self.trainer.strategy.collective is not None:
-            self._data_fetcher = _Rows(self._data_fetcher, self.trainer.strategy)
+            fetcher: Any = self._data_fetcher
+            self._data_fetcher = _Rows(fetcher, self.trainer.strategy)
 
     def _evaluation_step(self, *args: Any) -> None:
         with _own_batches(self.trainer):
@@ -78,7 +79,8 @@ class _PartsPredictionLoop(_PredictionLoop):  # type: ignore[misc,valid-type]
     def reset(self) -> None:
         super().reset()
         if self.trainer.strategy.collective is not None:
-            self._data_fetcher = _Rows(self._data_fetcher, self.trainer.strategy)
+            fetcher: Any = self._data_fetcher
+            self._data_fetcher = _Rows(fetcher, self.trainer.strategy)
 
     def _predict_step(self, *args: Any) -> None:
         with _own_batches(self.trainer):

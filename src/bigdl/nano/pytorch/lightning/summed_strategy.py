@@ -108,7 +108,7 @@ class SummedStrategy(_SingleDeviceStrategy):  # type: ignore[misc,valid-type]
         name = str(getattr(reduce_op, "name", reduce_op) or "mean").lower()
         if name in ("mean", "avg"):
             return (stacked if stacked.is_floating_point() else stacked.float()).mean(0)
-        made = {"sum": torch.sum, "max": torch.amax, "min": torch.amin}.get(name)
+        made: Any = {"sum": torch.sum, "max": torch.amax, "min": torch.amin}.get(name)
         if made is None:
             raise ConfigError(f"Cannot reduce by {reduce_op!r}: have mean, sum, max, min.")
         return made(stacked, 0)
@@ -126,8 +126,8 @@ class SummedStrategy(_SingleDeviceStrategy):  # type: ignore[misc,valid-type]
     def reduce_boolean_decision(self, decision: bool, all: bool = True) -> bool:
         if self.collective is None:
             return decision
-        every = gather_values(self.collective, bool(decision))
-        return sum(every) == len(every) if all else sum(every) > 0
+        agreeing = sum(map(bool, gather_values(self.collective, bool(decision))))
+        return agreeing == self.world_size if all else agreeing > 0
 
     # --- setup ---
 
@@ -379,7 +379,8 @@ class SummedStrategy(_SingleDeviceStrategy):  # type: ignore[misc,valid-type]
                 "tenth: give max_steps=, or a loader that has a length and max_epochs=."
             )
         rise = max(1.0, steps / 10)
-        return 1.0 + (self.world_size - 1) * min(1.0, (trainer.global_step + 1) / rise)
+        share = min(1.0, (int(trainer.global_step) + 1) / float(rise))
+        return 1.0 + (self.settings.world - 1) * share
 
 
 def _rank_zero_of(module: str) -> Any:
