@@ -81,7 +81,12 @@ SCOPED: dict[str, set[str]] = {
     "_base/nursery.py": {"os.chdir", "signal.signal"},
     "nano/accelerators/onnxruntime.py": {"addHandler", "setLevel"},
     "nano/accelerators/openvino.py": {"setLevel"},
-    "nano/pytorch/lightning/launcher.py": {"use_deterministic_algorithms"},
+    "nano/pytorch/lightning/launcher.py": {
+        "use_deterministic_algorithms",
+        "set_default_dtype",
+        "set_float32_matmul_precision",
+    },
+    "nano/pytorch/processes/place.py": {"set_num_threads"},
     "nano/pytorch/inference/context.py": {"set_num_threads"},
     "nano/pytorch/plan/process.py": {"set_num_threads"},
     "nano/pytorch/inference/smoke.py": {"torch.manual_seed"},
