@@ -152,7 +152,7 @@ def _serve(ticket: Ticket, rank: int, process: ProcessSettings, scratch: str) ->
         if trainer.state.fn == "predict":
             result = trainer.predict_loop.num_dataloaders if result else 1, result
         if rank == 0:
-            strategy.collective = None
+            strategy.leave()
             transplant.lay_down(
                 folder / f"{_BACK}0", call["objects"], parcel, result, call["generators"]
             )

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from bigdl._base.errors import StoredModelError
 from bigdl.nano.pytorch.lightning.host import part
+from bigdl.nano.pytorch.lightning.summed_strategy import SummedStrategy
 from bigdl.nano.pytorch.plan import streams
 from bigdl.nano.pytorch.processes.part_loader import whole
 
@@ -306,6 +307,10 @@ def _gathered_gradients(trainer: Any) -> dict[str, Any]:
     gathers = trainer.accumulate_grad_batches > 1 and trainer.training
     if module is None or not gathers or not trainer.fit_loop._should_accumulate():
         return {}
+    if isinstance(trainer.strategy, SummedStrategy):
+        whole = trainer.strategy.gathered_gradients()
+        if whole is not None:
+            return whole
     return {
         name: p.grad.detach().clone()
         for name, p in module.named_parameters()
@@ -314,6 +319,8 @@ def _gathered_gradients(trainer: Any) -> dict[str, Any]:
 
 
 def _write_gradients(module: Any, gradients: dict[str, Any]) -> None:
+    if module.trainer.global_rank > 0:
+        return  # they are everybody's, and are added up once more
     parameters = dict(module.named_parameters())
     for name, gradient in gradients.items():
         if name in parameters:

@@ -6,17 +6,18 @@ process without rows brings nothing and moves its weights as the others do.
 
 from __future__ import annotations
 
+import math
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 
 from bigdl._base.errors import ConfigError, DataError
 from bigdl.nano.pytorch.lightning.host import part, pl
+from bigdl.nano.pytorch.lightning.summed_gradients import SummedGradients
 from bigdl.nano.pytorch.lightning.summed_logs import follow_metrics, sum_step
 from bigdl.nano.pytorch.processes.exchange import broadcast_value, gather_values
-from bigdl.nano.pytorch.processes.gradients import Summing, connect_gradients
+from bigdl.nano.pytorch.processes.gradients import Summing
 from bigdl.nano.pytorch.processes.memory import broadcast
 from bigdl.nano.pytorch.processes.part_loader import PartLoader
 from bigdl.nano.pytorch.processes.streams import Streams
@@ -25,7 +26,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from bigdl._base.collective import Collective
-    from bigdl.nano.pytorch.processes.gradients import Gradients
     from bigdl.nano.pytorch.processes.settings import Settings
 
 __all__ = ["NO_ROWS", "SummedStrategy"]
@@ -64,13 +64,13 @@ class SummedStrategy(_SingleDeviceStrategy):  # type: ignore[misc,valid-type]
         self.collective: Collective | None = None
         #: Rows of this process, and of all, in the batch that is being worked on.
         self.rows, self.global_rows = 1, 1
-        self._gradients: dict[int, tuple[tuple[int, ...], Gradients]] = {}
-        self._summed: set[int] = set()
+        self._sums: SummedGradients | None = None
+        self._loss = 0.0
         self._word = 0
 
     def __getstate__(self) -> dict[str, Any]:
         state: dict[str, Any] = super().__getstate__()
-        state.update(collective=None, _gradients={}, _summed=set(), _launcher=None)
+        state.update(collective=None, _sums=None, _launcher=None)
         return state
 
     # --- its place ---
@@ -146,6 +146,7 @@ class SummedStrategy(_SingleDeviceStrategy):  # type: ignore[misc,valid-type]
             self.share_values(trainer.lightning_module.buffers())
             follow_metrics(self.collective, trainer.lightning_module)
             self.check_whole()
+            self._sums = SummedGradients(self.collective, self._summing())
             self.draw_own()
 
     def draw_own(self) -> None:
@@ -174,10 +175,11 @@ class SummedStrategy(_SingleDeviceStrategy):  # type: ignore[misc,valid-type]
 
     def on_train_end(self) -> None:
         self.share_buffers()
-        self.finish()
+        if self._sums is not None:
+            self._sums.finish(self.optimizers)
 
     def teardown(self) -> None:
-        self.let_go()
+        self._let_go()
         super().teardown()
 
     # --- steps ---
@@ -214,91 +216,62 @@ class SummedStrategy(_SingleDeviceStrategy):  # type: ignore[misc,valid-type]
     def backward(
         self, closure_loss: torch.Tensor, optimizer: Any, *args: Any, **kwargs: Any
     ) -> Any:
-        self._summed.clear()
-        if not self.has_rows:
-            return closure_loss.detach()
-        if self.collective is not None and self.rows != self.global_rows:
-            closure_loss = closure_loss * (self.rows / self.global_rows)
-        return super().backward(closure_loss, optimizer, *args, **kwargs)
+        """As the stock one; where an update follows, hooks see the global batch's gradients."""
+        if self._sums is None:
+            return super().backward(closure_loss, optimizer, *args, **kwargs)
+        module = self.lightning_module
+        share = self.rows / self.global_rows
+        self._loss = closure_loss.item() * share
+        if not module.automatic_optimization:
+            with self._sums.sum_more(self.optimizers, rows=self.rows):
+                self._pass_back(closure_loss * share, optimizer, *args, **kwargs)
+        else:
+            if self.has_rows:
+                self._pass_back(closure_loss * share, optimizer, *args, **kwargs)
+            if not module.trainer.fit_loop._should_accumulate():
+                self._loss = self._sums.sum(self.optimizers, rows=self.rows, loss=self._loss)
+        loss = closure_loss.detach()
+        return self.precision_plugin.post_backward(loss, module) if self.has_rows else loss
+
+    def _pass_back(self, loss: torch.Tensor, optimizer: Any, *args: Any, **kwargs: Any) -> None:
+        module = self.lightning_module
+        loss = self.precision_plugin.pre_backward(loss, module)
+        self.precision_plugin.backward(loss, module, optimizer, *args, **kwargs)
 
     def optimizer_step(
         self, optimizer: Any, closure: Callable[[], Any], model: Any = None, **kwargs: Any
     ) -> Any:
-        if self.collective is None or self.world_size == 1:
+        if self._sums is None:
             return super().optimizer_step(optimizer, closure, model, **kwargs)
+
+        def shared() -> Any:
+            loss = closure()
+            # an optimizer that searches along a line needs the loss of the gradient that it gets
+            is_tensor = isinstance(loss, torch.Tensor)
+            return torch.tensor(self._loss, dtype=loss.dtype) if is_tensor else loss
+
         with self._faster(optimizer):
-            if self.settings.sync == "sharded":
-                return self._sharded_step(optimizer, closure, model, **kwargs)
-
-            def summed() -> Any:
-                loss = closure()
-                return self._sum(optimizer, loss)
-
-            return super().optimizer_step(optimizer, summed, model, **kwargs)
-
-    def _sharded_step(self, optimizer: Any, closure: Any, model: Any, **kwargs: Any) -> Any:
-        """Gradients are whole nowhere: the step is made after the closure, on own pieces."""
-        model = model or self.lightning_module
-        gradients = self._connected(optimizer)
-        loss = closure()
-        outcome = self._reduced(gradients, loss)
-        self.precision_plugin._after_closure(model, optimizer)
-        gradients.update(optimizer, outcome)
-        return loss
+            if self.settings.sync != "sharded":
+                return super().optimizer_step(optimizer, shared, model, **kwargs)
+            # no process has whole gradients: the step is made after the closure, on own pieces
+            loss = shared()
+            self.precision_plugin._after_closure(model or self.lightning_module, optimizer)
+            self._sums.step(optimizer)
+            return loss
 
     # --- gradients ---
 
-    def _sum(self, optimizer: Any, loss: Any) -> Any:
-        """Make the optimizer's gradients those of the global batch; gives its loss."""
-        if id(optimizer) in self._summed:
-            return loss
-        outcome = self._reduced(self._connected(optimizer), loss)
-        if not isinstance(loss, torch.Tensor):
-            return loss
-        return torch.tensor(outcome.loss, dtype=loss.dtype)
-
-    def _reduced(self, gradients: Gradients, loss: Any) -> Any:
-        """The global batch's; a loss that was not given counts as 0."""
-        share = self.rows / self.global_rows
-        number = loss.item() if isinstance(loss, torch.Tensor) and self.has_rows else 0.0
-        return gradients.reduce(
-            rows=self.rows, weight=float(self.rows), loss=number * share, unit=1.0, stop=False
-        )
-
-    def sum_now(self, optimizer: Any) -> None:
-        """Before something that reads gradients; the step that follows adds nothing up again."""
-        if self.collective is None or self.world_size == 1 or id(optimizer) in self._summed:
-            return
-        self._reduced(self._connected(optimizer), None)
-        self._summed.add(id(optimizer))
-
-    def _connected(self, optimizer: Any) -> Gradients:
-        """The optimizer's connection, made anew when it has got other parameters to move."""
-        inner = getattr(optimizer, "_optimizer", optimizer)
-        key = id(inner)
-        made = self._gradients.get(key)
-        if made is not None and self.settings.sync == "sharded":
-            return made[1]  # its groups hold pieces now
-        moved = [p for group in inner.param_groups for p in group["params"] if p.requires_grad]
-        mark = tuple(map(id, moved))
-        if made is None or made[0] != mark:
-            kept = [(p, p.grad) for p in moved if p.grad is not None]
-            if made is not None:
-                made[1].close()
-            made = mark, self._connect(inner)
-            for parameter, gradient in kept:
-                parameter.grad = gradient
-            self._gradients[key] = made
-        return made[1]
-
-    def _connect(self, optimizer: Any) -> Gradients:
-        assert self.collective is not None
+    def _summing(self) -> Summing:
         trainer = self.lightning_module.trainer
         summing: dict[str, Any] = {"averages": False, "sync": self.settings.sync}
         if self.settings.sync == "sharded" and trainer.gradient_clip_val:
             by_value = str(getattr(trainer.gradient_clip_algorithm, "value", "norm")) == "value"
             summing["clip_value" if by_value else "clip_norm"] = trainer.gradient_clip_val
-        return connect_gradients(self.collective, optimizer, Summing(**summing))
+        return Summing(**summing)
+
+    def gathered_gradients(self) -> dict[str, Any] | None:
+        """Gradients between two updates, of all processes; None where there is one."""
+        return None if self._sums is None else self._sums.unsummed(self.lightning_module)
 
     def check_whole(self) -> None:
         """Refuse what needs whole gradients where there are slices."""
@@ -330,25 +303,20 @@ class SummedStrategy(_SingleDeviceStrategy):  # type: ignore[misc,valid-type]
 
     def optimizer_state(self, optimizer: Any) -> dict[str, Any]:
         inner = getattr(optimizer, "_optimizer", optimizer)
-        made = self._gradients.get(id(inner))
-        if made is not None and self.settings.sync == "sharded":
-            return made[1].optimizer_state(inner)
+        if self._sums is not None and self.settings.sync == "sharded":
+            return self._sums.state(inner)
         state: dict[str, Any] = super().optimizer_state(optimizer)
         return state
 
-    def finish(self) -> None:
-        """Leave optimizers whole; all processes call it."""
-        for optimizer in self.optimizers:
-            made = self._gradients.pop(id(optimizer), None)
-            if made is not None:
-                made[1].finish(optimizer)
-                made[1].close()
+    def leave(self) -> None:
+        """Be the caller's strategy again; what comes back is whole."""
+        self._let_go()
+        self.collective = None
 
-    def let_go(self) -> None:
-        """Give back the memory that gradients were added up in."""
-        for _, gradients in self._gradients.values():
-            gradients.close()
-        self._gradients.clear()
+    def _let_go(self) -> None:
+        if self._sums is not None:
+            self._sums.close()
+            self._sums = None
 
     # --- learning rates ---
 
@@ -373,7 +341,7 @@ class SummedStrategy(_SingleDeviceStrategy):  # type: ignore[misc,valid-type]
         """From 1 to the number of processes over the first tenth of the run."""
         trainer = self.lightning_module.trainer
         steps = trainer.estimated_stepping_batches
-        if not np.isfinite(steps):
+        if not math.isfinite(steps):
             raise ConfigError(
                 "auto_lr=True has to know how long the run is, to raise the rate over its first "
                 "tenth: give max_steps=, or a loader that has a length and max_epochs=."
