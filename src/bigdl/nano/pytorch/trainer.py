@@ -291,7 +291,7 @@ def _nothing_tried(settings: Settings) -> Plan:
         status="skipped",
         reason=f"yours are kept: num_processes={settings.world}",
     )
-    return Plan(rows=tuple(rows.values()))
+    return Plan((Row(name="original", status="chosen"), *rows.values()))
 
 
 def _in_processes(settings: Settings, lightning: dict[str, Any]) -> dict[str, Any]:

@@ -50,6 +50,12 @@ def _like(stock: Any, kind: Any) -> Any:
 class _PartsEpochLoop(_TrainingEpochLoop):
     """Steps of which each process makes its part."""
 
+    def on_run_start(self, data_fetcher: Any) -> None:
+        is_resumed = self.trainer.fit_loop.resume is not None
+        super().on_run_start(data_fetcher)
+        if is_resumed and self.trainer.strategy.collective is not None:
+            self.trainer.strategy.draw_own()  # the checkpoint's streams are rank 0's
+
     def advance(self, data_fetcher: Any) -> None:
         strategy = self.trainer.strategy
         if strategy.collective is None:

@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 __all__ = ["NO_ROWS", "SummedStrategy"]
 
 _SingleDeviceStrategy = part("strategies:SingleDeviceStrategy")
+#: What Lightning's packages ask before they log or warn.
+_ONLY_RANK_ZERO = (part("utilities.rank_zero:rank_zero_only"),)
 
 
 class _NoRows:
@@ -80,6 +82,8 @@ class SummedStrategy(_SingleDeviceStrategy):  # type: ignore[misc,valid-type]
         self.collective = collective
         self._word = word
         self.global_rank = self.local_rank = collective.rank
+        for zero in _ONLY_RANK_ZERO:
+            zero.rank = collective.rank
 
     @property
     def is_global_zero(self) -> bool:
@@ -130,11 +134,6 @@ class SummedStrategy(_SingleDeviceStrategy):  # type: ignore[misc,valid-type]
         return agreeing == self.world_size if all else agreeing > 0
 
     # --- setup ---
-
-    def setup_environment(self) -> None:
-        super().setup_environment()
-        for zero in ("lightning_fabric.utilities.rank_zero", "lightning_utilities.core.rank_zero"):
-            _rank_zero_of(zero).rank = self.global_rank
 
     def process_dataloader(self, dataloader: object) -> object:
         return dataloader if self.collective is None else PartLoader(dataloader, self.collective)
@@ -349,9 +348,3 @@ class SummedStrategy(_SingleDeviceStrategy):  # type: ignore[misc,valid-type]
         rise = max(1.0, steps / 10)
         share = min(1.0, (int(trainer.global_step) + 1) / float(rise))
         return 1.0 + (self.settings.world - 1) * share
-
-
-def _rank_zero_of(module: str) -> Any:
-    import importlib
-
-    return importlib.import_module(module).rank_zero_only

@@ -135,7 +135,10 @@ def _state(item: Any) -> dict[str, Any] | None:
     """What an object holds, as it would be pickled; None if that is no matter of attributes."""
     if isinstance(item, torch.Tensor):
         return None
-    state = item.__getstate__()
+    try:
+        state = item.__getstate__()
+    except Exception:  # noqa: BLE001  (the user's own; what came here without it went the same way)
+        state = vars(item)
     if not isinstance(state, dict):
         return None
     return {key: value for key, value in state.items() if key not in _KEPT}
