@@ -7,23 +7,21 @@ import hashlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 
-from bigdl._base.errors import DataError
-from bigdl._base.trees import concat
 from bigdl.nano.pytorch.lightning import transplant
 from bigdl.nano.pytorch.lightning.guests import at_home
 from bigdl.nano.pytorch.lightning.host import part, pl
+from bigdl.nano.pytorch.lightning.predictions import Predicted, joined
 from bigdl.nano.pytorch.lightning.summed_logs import unfollow_metrics
-from bigdl.nano.pytorch.lightning.summed_strategy import NO_ROWS, SummedStrategy
+from bigdl.nano.pytorch.lightning.summed_strategy import SummedStrategy
 from bigdl.nano.pytorch.plan import streams
 from bigdl.nano.pytorch.processes.launch import launch
 from bigdl.nano.pytorch.processes.parcel import pack, unpack
 from bigdl.nano.pytorch.processes.place import taken
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable
 
     from bigdl._base.environment import ProcessSettings
     from bigdl._base.gang import Ticket
@@ -103,7 +101,7 @@ class WorkersLauncher(_StockLauncher):  # type: ignore[misc,valid-type]
         def read(folder: Path) -> Any:
             result = transplant.put_back(folder / f"{_BACK}0", objects, sent, drawn)
             if trainer.state.fn == "predict":
-                result = _joined([result, *_others(folder, trainer.strategy.world_size)])
+                result = joined([result, *_others(folder, trainer.strategy.world_size)])
             return result
 
         result = launch(trainer.strategy.settings, _serve, write, read, preload=_PRELOAD)
@@ -150,7 +148,8 @@ def _serve(ticket: Ticket, rank: int, process: ProcessSettings, scratch: str) ->
         if module is not None:
             unfollow_metrics(module)
         if trainer.state.fn == "predict":
-            result = trainer.predict_loop.num_dataloaders if result else 1, result
+            loaders = trainer.predict_loop.num_dataloaders if result else 1
+            result = Predicted(loaders=loaders, rows=strategy.predicted, batches=result)
         if rank == 0:
             strategy.leave()
             transplant.lay_down(
@@ -165,52 +164,3 @@ def _word(state: streams.State) -> int:
     """A number that names where the caller's streams are; nothing is drawn from them."""
     content = state["torch"].numpy().tobytes()
     return int.from_bytes(hashlib.blake2b(content, digest_size=4).digest(), "big")
-
-
-# --- predictions ------------------------------------------------------------------------------
-
-
-def _joined(every: list[tuple[int, Any]]) -> Any:
-    """Predictions of one process, of what several have made of their parts of each batch.
-
-    Args:
-        every: By rank, the number of loaders and what ``predict`` gave.
-    """
-    loaders, first = every[0]
-    made = [one for _, one in every]
-    if first is None:
-        return None
-    if loaders == 1:
-        return _batches(made, "predictions")
-    return [_batches(one, f"predictions[{i}]") for i, one in enumerate(zip(*made, strict=True))]
-
-
-def _batches(made: Sequence[list[Any]], name: str) -> list[Any]:
-    return [_one(parts, f"{name}[{i}]") for i, parts in enumerate(zip(*made, strict=True))]
-
-
-def _one(parts: tuple[Any, ...], name: str) -> Any:
-    """What one process would have made of a batch."""
-    made = [one for one in parts if one is not NO_ROWS]
-    if len(made) == 1 or all(one is None for one in made):
-        return made[0]
-    if all(isinstance(one, list) and not any(map(_has_rows, one)) for one in made):
-        return [item for one in made for item in one]  # one item a row
-    try:
-        return concat(made, join=_cat, name=name)
-    except DataError as exc:
-        raise DataError(
-            f"What predict_step gives in several processes has to have the batch's rows as its "
-            f"first axis, so that the parts can be put together: {exc} Train and predict with "
-            "num_processes=1, or return rows."
-        ) from exc
-
-
-def _has_rows(item: Any) -> bool:
-    return len(getattr(item, "shape", ())) > 0 or isinstance(item, (list, tuple, dict))
-
-
-def _cat(leaves: Sequence[Any]) -> Any:
-    return (
-        torch.cat(list(leaves)) if isinstance(leaves[0], torch.Tensor) else np.concatenate(leaves)
-    )

@@ -66,13 +66,15 @@ class SummedStrategy(_SingleDeviceStrategy):  # type: ignore[misc,valid-type]
         self.collective: Collective | None = None
         #: Rows of this process, and of all, in the batch that is being worked on.
         self.rows, self.global_rows = 1, 1
+        #: Rows of this process in each batch that was predicted.
+        self.predicted: list[int] = []
         self._sums: SummedGradients | None = None
         self._loss = 0.0
         self._word = 0
 
     def __getstate__(self) -> dict[str, Any]:
         state: dict[str, Any] = super().__getstate__()
-        state.update(collective=None, _sums=None, _launcher=None)
+        state.update(collective=None, predicted=[], _sums=None, _launcher=None)
         return state
 
     # --- its place ---
@@ -210,6 +212,7 @@ class SummedStrategy(_SingleDeviceStrategy):  # type: ignore[misc,valid-type]
         sum_step(self.collective, results, before, self.rows)
 
     def predict_step(self, *args: Any, **kwargs: Any) -> Any:
+        self.predicted.append(self.rows)
         return super().predict_step(*args, **kwargs) if self.has_rows else NO_ROWS
 
     def backward(

@@ -178,7 +178,8 @@ class SlicedOptimizer:
 
     def join(self) -> None:
         """Give the optimizer its whole parameters back; its state, if wanted, is taken before."""
-        for group, whole in zip(self._optimizer.param_groups, self._wholes, strict=True):
+        # groups that somebody has added since come last
+        for group, whole in zip(self._optimizer.param_groups, self._wholes, strict=False):
             group["params"] = whole
         self._optimizer.state.clear()
 
