@@ -14,7 +14,6 @@ from bigdl.nano.pytorch.lightning.guests import at_home
 from bigdl.nano.pytorch.lightning.host import part, pl
 from bigdl.nano.pytorch.lightning.predictions import Predicted, joined
 from bigdl.nano.pytorch.lightning.summed_logs import unfollow_metrics
-from bigdl.nano.pytorch.lightning.summed_strategy import SummedStrategy
 from bigdl.nano.pytorch.plan import streams
 from bigdl.nano.pytorch.processes.launch import launch
 from bigdl.nano.pytorch.processes.parcel import pack, unpack
@@ -25,6 +24,7 @@ if TYPE_CHECKING:
 
     from bigdl._base.environment import ProcessSettings
     from bigdl._base.gang import Ticket
+    from bigdl.nano.pytorch.lightning.summed_strategy import SummedStrategy
 
 __all__ = ["WorkersLauncher", "in_processes"]
 

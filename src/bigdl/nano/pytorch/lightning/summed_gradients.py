@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from bigdl._base.errors import ConfigError
 from bigdl.nano.pytorch.processes.exchange import gather_values
 from bigdl.nano.pytorch.processes.gradients import Summing, connect_gradients
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
+
+    import torch
 
     from bigdl._base.collective import Collective
     from bigdl._base.sync import Outcome

@@ -68,11 +68,12 @@ class _PartsEpochLoop(_TrainingEpochLoop):
 class _PartsEvaluationLoop(_EvaluationLoop):  # type: ignore[misc,valid-type]
     """Validation and test of which each process makes its part."""
 
+    _data_fetcher: Any
+
     def reset(self) -> None:
         super().reset()
         if self.trainer.strategy.collective is not None:
-            fetcher: Any = self._data_fetcher
-            self._data_fetcher = _Rows(fetcher, self.trainer.strategy)
+            self._data_fetcher = _Rows(self._data_fetcher, self.trainer.strategy)
 
     def _evaluation_step(self, *args: Any) -> None:
         with _own_batches(self.trainer):
@@ -82,11 +83,12 @@ class _PartsEvaluationLoop(_EvaluationLoop):  # type: ignore[misc,valid-type]
 class _PartsPredictionLoop(_PredictionLoop):  # type: ignore[misc,valid-type]
     """Predictions of which each process makes its part."""
 
+    _data_fetcher: Any
+
     def reset(self) -> None:
         super().reset()
         if self.trainer.strategy.collective is not None:
-            fetcher: Any = self._data_fetcher
-            self._data_fetcher = _Rows(fetcher, self.trainer.strategy)
+            self._data_fetcher = _Rows(self._data_fetcher, self.trainer.strategy)
 
     def _predict_step(self, *args: Any) -> None:
         with _own_batches(self.trainer):
