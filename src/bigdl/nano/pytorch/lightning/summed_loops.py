@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from bigdl._base.errors import ConfigError, DataError
+from bigdl._base.rows import part as part_of_rows
 from bigdl.nano.pytorch.lightning.host import part
 from bigdl.nano.pytorch.lightning.resume import _TrainingEpochLoop
 from bigdl.nano.pytorch.lightning.summed_logs import SummedLogs
@@ -93,6 +94,28 @@ class _PartsPredictionLoop(_PredictionLoop):  # type: ignore[misc,valid-type]
     def _predict_step(self, *args: Any) -> None:
         with _own_batches(self.trainer):
             super()._predict_step(*args)
+
+    def _get_batch_indices(self, dataloader: object) -> Any:
+        found = super()._get_batch_indices(dataloader)
+        strategy = self.trainer.strategy
+        if strategy.collective is None:
+            return found
+        return _OwnRows(found, strategy.global_rank, strategy.world_size)
+
+
+class _OwnRows:
+    """Row numbers of batches, each cut to one process' part."""
+
+    def __init__(self, batches: list[list[int]], rank: int, world: int) -> None:
+        self._batches, self._rank, self._world = batches, rank, world
+
+    def __len__(self) -> int:
+        return len(self._batches)
+
+    def __getitem__(self, number: int) -> list[int]:
+        whole = self._batches[number]
+        first, last = part_of_rows(len(whole), self._rank, self._world)
+        return whole[first:last]
 
 
 class _Rows:

@@ -343,7 +343,7 @@ class SummedStrategy(_SingleDeviceStrategy):  # type: ignore[misc,valid-type]
         """From 1 to the number of processes over the first tenth of the run."""
         trainer = self.lightning_module.trainer
         steps = trainer.estimated_stepping_batches
-        if not math.isfinite(steps):
+        if not 0 < steps < math.inf:  # -1 where neither loader nor trainer says
             raise ConfigError(
                 "auto_lr=True has to know how long the run is, to raise the rate over its first "
                 "tenth: give max_steps=, or a loader that has a length and max_epochs=."
