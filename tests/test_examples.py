@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import subprocess
 import sys
@@ -105,3 +106,52 @@ def test_it_prints_both_tables():
         "All of this took",
     ):
         assert words in done.stdout
+
+
+# --- neural collaborative filtering --------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def ncf():
+    pytest.importorskip("pandas", reason="needs the [orca] extra")
+    pytest.importorskip("pyarrow", reason="needs the [orca] extra")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(DEMO.parent))  # workers find it there too
+        yield importlib.import_module("ncf")
+        del sys.modules["ncf"]
+
+
+def test_the_two_measures_of_a_ranking(ncf):
+    import numpy as np
+
+    scores = np.zeros((3, 100))
+    scores[:, 1:] = np.arange(99)
+    scores[:, 0] = [1000, 97.5, 10]  # first, second, far behind
+    found = ncf.ranked(scores)
+    assert found["HR@10"] == pytest.approx(2 / 3)
+    assert found["NDCG@10"] == pytest.approx((1 + 1 / np.log2(3)) / 3)
+
+
+def test_what_is_kept_back_is_not_trained_on(ncf):
+    ratings = ncf.generated(users=30, items=120, each=8)
+    problem = ncf.problem_of(ratings)
+    seen = problem.train[problem.train["label"] == 1]
+    assert len(seen) == 30 * 7
+    assert len(problem.train) == 30 * 7 * 5
+    trained = set(zip(seen["user"], seen["item"], strict=True))
+    assert not trained & set(enumerate(problem.candidates[:, 0]))
+    other = problem.train[problem.train["label"] == 0]
+    never = set(zip(other["user"], other["item"], strict=True))
+    assert not never & trained
+
+
+def test_it_learns_the_same_from_every_kind_of_data(ncf):
+    from bigdl.orca import init_orca_context
+
+    problem = ncf.problem_of(ncf.generated(users=300, items=300, each=30))
+    with init_orca_context(cores=2):
+        found = {kind: ncf.run(kind, problem, epochs=4) for kind in ncf.KINDS}
+    assert found["arrays"] == found["pandas"]
+    for measures in found.values():
+        assert measures["HR@10"] > 0.3  # 0.1 by chance
+        assert measures["NDCG@10"] > 0.15

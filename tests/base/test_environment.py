@@ -127,6 +127,7 @@ class TestProcessSettings:
         monkeypatch.delenv("MALLOC_CONF", raising=False)
         assert settings.variables()["LD_PRELOAD"] == str(library)
         assert "background_thread:true" in settings.variables()["MALLOC_CONF"]
+        assert settings.variables()["TBB_ENABLE_SANITIZERS"] == "1"
         monkeypatch.setenv("LD_PRELOAD", "/other.so")
         monkeypatch.setenv("MALLOC_CONF", "the user's")
         assert settings.variables()["LD_PRELOAD"] == f"{library}:/other.so"

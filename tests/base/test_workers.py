@@ -17,6 +17,7 @@ import pytest
 from bigdl._base.errors import TimeLimitError, WorkerError, WorkerLostError
 from bigdl._base.nursery import emit
 from bigdl._base.workers import Workers, run_in_child
+from bigdl.testing.processes import are_gone, is_alive, within
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="processes are made the POSIX way")
 
@@ -31,23 +32,6 @@ class TwoArguments(Exception):
     def __init__(self, first, second):
         super().__init__(f"{first} and {second}")
         self.second = second
-
-
-def _alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    return "State:\tZ" not in Path(f"/proc/{pid}/status").read_text()
-
-
-def _gone(pids, within_s: float = 10.0) -> bool:
-    deadline = time.monotonic() + within_s
-    while time.monotonic() < deadline:
-        if not any(_alive(pid) for pid in pids):
-            return True
-        time.sleep(0.05)
-    return False
 
 
 @pytest.fixture(autouse=True)
@@ -187,7 +171,7 @@ def test_a_hanging_worker_is_killed_with_its_own_children():
     assert time.monotonic() - started < 8
     assert len(pids) == 3
     if sys.platform == "linux":
-        assert _gone(pids)
+        assert are_gone(pids)
 
 
 def test_children_of_a_finished_worker_are_gone():
@@ -196,7 +180,7 @@ def test_children_of_a_finished_worker_are_gone():
 
     pid = run_in_child(leave_one)
     if sys.platform == "linux":
-        assert _gone([pid])
+        assert are_gone([pid])
 
 
 def test_nothing_is_left_after_any_end():
@@ -271,7 +255,7 @@ def test_a_cancelled_worker_is_gone_and_the_others_are_not():
         first.cancel()
         first.cancel()
         assert first.pid is not None
-        assert not _alive(first.pid)
+        assert not is_alive(first.pid)
         assert second.result(timeout_s=20) == second.pid
 
 
@@ -283,7 +267,7 @@ def test_closing_ends_everything():
     nursery = workers._nursery.pid
     workers.close()
     workers.close()
-    assert _gone([running.pid, nursery])
+    assert are_gone([running.pid, nursery])
 
 
 def test_a_listener_that_raises_ends_the_worker():
@@ -299,7 +283,7 @@ def test_a_listener_that_raises_ends_the_worker():
 
     with pytest.raises(OwnError, match="enough"):
         run_in_child(work, on_event=listen)
-    assert _gone(pids)
+    assert are_gone(pids)
 
 
 # --- programs of their own --------------------------------------------------------------------
@@ -349,13 +333,16 @@ def test_from_a_pipe():
     assert (done.stdout, done.stderr) == (EXPECTED, "")
 
 
-def test_from_a_module_loaded_from_a_path(tmp_path):
-    (tmp_path / "odd.py").write_text(
+@pytest.mark.parametrize("is_below_a_root", [False, True])
+def test_from_a_module_loaded_from_a_path(tmp_path, is_below_a_root):
+    """Its name leads nowhere, whether or not ``sys.path`` has a folder around its file."""
+    (tmp_path / "file.py").write_text(
         "def f(x):\n    return g(x) + 1\n\ndef g(x):\n    return -x\n"
     )
     code = (
         "import importlib.util, sys\n"
-        f"spec = importlib.util.spec_from_file_location('odd', {str(tmp_path / 'odd.py')!r})\n"
+        f"spec = importlib.util.spec_from_file_location('odd', {str(tmp_path / 'file.py')!r})\n"
+        f"sys.path += [{str(tmp_path)!r}] * {is_below_a_root}\n"
         "odd = sys.modules['odd'] = importlib.util.module_from_spec(spec)\n"
         "spec.loader.exec_module(odd)\n"
         "from bigdl._base.workers import run_in_child\n"
@@ -396,10 +383,10 @@ def _hanging():
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM])
 def test_workers_die_with_their_caller(how):
     program, pids, scratch = _hanging()
-    assert all(map(_alive, pids))
+    assert all(map(is_alive, pids))
     program.send_signal(how)
     program.communicate(timeout=20)
-    assert _gone(pids)
+    assert are_gone(pids)
     assert not scratch.exists()
 
 
@@ -409,7 +396,7 @@ def test_ctrl_c_is_a_keyboard_interrupt_and_leaves_nothing():
     _, errors = program.communicate(timeout=20)
     assert "KeyboardInterrupt" in errors
     assert program.returncode == -signal.SIGINT
-    assert _gone(pids)
+    assert are_gone(pids)
     assert not scratch.exists()
 
 
@@ -419,5 +406,21 @@ def test_a_worker_dies_with_its_nursery():
     os.kill(pids[1], signal.SIGKILL)
     _, errors = program.communicate(timeout=20)
     assert "WorkerLostError" in errors
-    assert _gone(pids)
+    assert are_gone(pids)
     assert not scratch.exists()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs a parent's death signal")
+def test_a_worker_that_is_gone_shows_before_its_nursery_has_told():
+    with Workers() as workers:
+        worker = workers.start(time.sleep, 60)
+        assert not worker.is_over()
+        assert within(10, lambda: not worker.is_over() and worker.pid is not None)
+        nursery = workers._nursery.pid
+        os.kill(nursery, signal.SIGSTOP)
+        os.kill(worker.pid, signal.SIGKILL)
+        assert within(10, worker.is_over)
+        os.kill(nursery, signal.SIGKILL)
+        with pytest.raises(WorkerLostError, match="SIGKILL"):
+            worker.result()
+        assert not workers.is_alive

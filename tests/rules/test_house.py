@@ -81,6 +81,7 @@ SCOPED: dict[str, set[str]] = {
     "_base/nursery.py": {"os.chdir", "signal.signal"},
     "nano/accelerators/onnxruntime.py": {"addHandler", "setLevel"},
     "nano/accelerators/openvino.py": {"setLevel"},
+    "nano/launch.py": {"signal.signal"},
     "nano/pytorch/lightning/launcher.py": {
         "use_deterministic_algorithms",
         "set_default_dtype",
@@ -88,6 +89,7 @@ SCOPED: dict[str, set[str]] = {
     },
     "nano/pytorch/processes/place.py": {"set_num_threads"},
     "nano/pytorch/inference/context.py": {"set_num_threads"},
+    "nano/pytorch/inference/instance_worker.py": {"set_num_threads"},
     "nano/pytorch/plan/process.py": {"set_num_threads"},
     "nano/pytorch/inference/smoke.py": {"torch.manual_seed"},
     "nano/pytorch/inference/trial.py": {"set_num_threads"},

@@ -11,7 +11,8 @@ from importlib.util import find_spec
 import pytest
 
 LIGHT = ["bigdl", "bigdl.errors", "bigdl.nano", "bigdl.nano.accelerators", "bigdl.nano.pytorch",
-         "bigdl.orca", "bigdl.orca.engines.local", "bigdl.orca.data.adapters"]  # fmt: skip
+         "bigdl.orca", "bigdl.orca.engines.local", "bigdl.orca.data.adapters",
+         "bigdl.orca.data", "bigdl.orca.data.pandas"]  # fmt: skip
 LIGHT += ["bigdl.orca.learn", "bigdl.orca.learn.program", "bigdl.orca.learn.pytorch"]
 LIMIT_S = 0.3
 FRAMEWORKS = {

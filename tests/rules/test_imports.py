@@ -32,7 +32,12 @@ CORE = {
 }
 
 # The training plan knows torch only; these put it into Lightning's Trainer.
-LIGHTNING = ("nano/pytorch/trainer.py", "nano/pytorch/module.py", "nano/pytorch/lightning/*")
+LIGHTNING = (
+    "nano/pytorch/trainer.py",
+    "nano/pytorch/torch_nano.py",
+    "nano/pytorch/module.py",
+    "nano/pytorch/lightning/*",
+)
 
 # A foreign library lives in the files named for it.
 FOREIGN = {
@@ -44,6 +49,7 @@ FOREIGN = {
         "orca/learn/pytorch/*",
         "orca/data/adapters/*loader*.py",
         "testing/accelerator.py",
+        "testing/program.py",
     ),
     "torchvision": ("nano/pytorch/vision/*",),
     "PIL": ("nano/pytorch/vision/*",),
@@ -67,12 +73,21 @@ FOREIGN = {
     "nncf": ("nano/accelerators/openvino.py",),
     "intel_extension_for_pytorch": ("nano/accelerators/ipex.py",),
     "neural_compressor": ("nano/accelerators/neural_compressor.py",),
-    "pandas": ("orca/data/adapters/pandas.py",),
+    "pandas": (
+        "orca/data/adapters/pandas*.py",
+        "orca/data/frames.py",
+        "orca/data/readers.py",  # the line to install
+        "orca/data/steps.py",  # and this one
+        "testing/xshards.py",
+    ),
     "pyarrow": (
         "orca/data/adapters/arrow*.py",
         "orca/data/adapters/parquet.py",
         "orca/data/adapters/__init__.py",  # the line to install
+        "orca/data/readers.py",  # and this one
     ),
+    "tensorboard": ("orca/learn/callbacks/tensorboard.py",),
+    "mlflow": ("orca/learn/callbacks/mlflow.py",),
     "pytest": ("testing/*",),
     "typer": ("nano/cli.py",),
     "rich": ("nano/cli.py", "nano/accelerators/openvino.py"),  # NNCF's progress bars are rich's

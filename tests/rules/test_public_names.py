@@ -30,9 +30,30 @@ PUBLIC = {
         "WorkerError",
         "WorkerLostError",
     ],
-    "bigdl.nano": [],
-    "bigdl.nano.pytorch": ["Guard", "InferenceOptimizer", "Plan", "Trainer"],
+    "bigdl.nano": ["Pipeline"],
+    "bigdl.nano.pytorch": [
+        "Guard",
+        "InferenceOptimizer",
+        "Pipeline",
+        "Plan",
+        "TorchNano",
+        "Trainer",
+        "nano",
+    ],
+    "bigdl.orca.learn": ["Predictor"],
+    "bigdl.orca.learn.callbacks": [
+        "Callback",
+        "EarlyStopping",
+        "LearningRateMonitor",
+        "MLflow",
+        "ModelCheckpoint",
+        "Progress",
+        "TensorBoard",
+        "TrainingState",
+    ],
     "bigdl.orca": ["OrcaContext", "init_orca_context", "stop_orca_context"],
+    "bigdl.orca.data": ["XShards", "per_worker"],
+    "bigdl.orca.data.pandas": ["read_csv", "read_json", "read_parquet"],
 }
 # Those whose import needs an extra: checked where it is installed.
 WITH_TORCH = {

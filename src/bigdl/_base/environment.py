@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import sys
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -24,6 +24,7 @@ __all__ = [
     "allocator_in_use",
     "environment",
     "find_allocator",
+    "stay_on",
     "thread_variables",
 ]
 
@@ -54,6 +55,9 @@ _ALLOCATOR_VARIABLES = {
     # tensors are large: without this every allocation over 1 GiB is reported on stderr
     "tcmalloc": {"TCMALLOC_LARGE_ALLOC_REPORT_THRESHOLD": str(1 << 60)},
 }
+# TBB, which OpenVINO brings, loads a library so that it allocates by the C library and frees by
+# whatever was preloaded: a crash at the first model that is compiled, unless it is told this.
+TBB_BESIDE_ALLOCATOR = {"TBB_ENABLE_SANITIZERS": "1"}
 _LIBRARY_FOLDERS = (
     "usr/lib/*-linux-*",
     "usr/lib64",
@@ -119,6 +123,7 @@ class ProcessSettings:
             variables["LD_PRELOAD"] = (
                 f"{self.allocator}:{others}" if others else str(self.allocator)
             )
+            variables |= TBB_BESIDE_ALLOCATOR
             for kind, settings in _ALLOCATOR_VARIABLES.items():
                 if kind in Path(self.allocator).name:
                     # what the user has set for this allocator stays
@@ -208,3 +213,11 @@ def _architecture(path: Path) -> bytes | None:
     except OSError:
         return None
     return head[4:6] + head[18:20] if head.startswith(b"\x7fELF") else None
+
+
+def stay_on(cores: Sequence[int] | None) -> None:
+    """Keep all threads of this process, one of ours, on ``cores``; None leaves them."""
+    if cores is not None and sys.platform == "linux":
+        for thread in os.listdir("/proc/self/task"):  # libraries may have started some
+            with suppress(ProcessLookupError):
+                os.sched_setaffinity(int(thread), cores)

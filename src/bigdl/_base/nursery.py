@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from multiprocessing.connection import Connection
 
-__all__ = ["emit", "take_over"]
+__all__ = ["describe", "emit", "take_over"]
 
 
 def emit(event: Any) -> None:
@@ -96,7 +96,7 @@ def _work(fd: int) -> int:
         return 1
     except Exception as exc:  # noqa: BLE001  (it is raised again in the caller)
         with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # the caller has gone
-            _line.send("error", _describe(exc))
+            _line.send("error", describe(exc))
     return 0
 
 
@@ -114,7 +114,7 @@ def _leave(code: int) -> NoReturn:
     os._exit(code)
 
 
-def _describe(exc: BaseException) -> tuple[str, str, str, bytes | None]:
+def describe(exc: BaseException) -> tuple[str, str, str, bytes | None]:
     """(type, text, traceback, the exception itself or None if it does not survive the way)."""
     trace = "".join(traceback.format_exception(exc))
     blob: bytes | None

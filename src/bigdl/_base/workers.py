@@ -305,6 +305,15 @@ class Worker:
             self.cancel()
         return self._open_answer()
 
+    def is_over(self) -> bool:
+        """Whether an answer has come, or none can come any more; never waits.
+
+        That a process is gone shows at its channel before the nursery has told of it.
+        """
+        while self._answer is None and not self._is_lost() and self._wait(0.0, None):
+            continue
+        return self._answer is not None or self._drained or self._is_lost()
+
     def hand_over(self, fd: int) -> None:
         """Give the worker a file descriptor, which its function takes by ``take_over``.
 
@@ -333,7 +342,8 @@ class Worker:
             owner._workers.pop(self.number, None)
             self._channel.close()
 
-    def _wait(self, left: float | None, on_event: Callable[[Any], None] | None) -> None:
+    def _wait(self, left: float | None, on_event: Callable[[Any], None] | None) -> bool:
+        """Hear what comes next, within ``left`` seconds; False if nothing did."""
         from multiprocessing.connection import wait
 
         ends: list[Connection | socket.socket] = [self._owner._line()]
@@ -344,6 +354,7 @@ class Worker:
             self._read(on_event)
         elif ready:
             self._owner._hear()
+        return bool(ready)
 
     def _read(self, on_event: Callable[[Any], None] | None) -> None:
         try:
@@ -504,11 +515,15 @@ def _register(module: ModuleType) -> bool:
 def _unreachable() -> Iterable[ModuleType]:
     """Loaded modules whose files are not where ``sys.path`` would find them."""
     roots = tuple(os.path.join(os.path.realpath(path or os.curdir), "") for path in sys.path)
+    places: dict[str, tuple[str, ...]] = {}
     for name, module in list(sys.modules.items()):
         file = getattr(module, "__file__", None)
         if name == "__main__" or name != getattr(module, "__name__", None) or not file:
             continue  # cloudpickle sends __main__ by value itself
-        if not _real_path(file).startswith(roots) and not is_importable(name.partition(".")[0]):
+        top = name.partition(".")[0]
+        if top not in places:  # a file below a root is found there by its own name only
+            places[top] = tuple(f"{root}{top}{end}" for root in roots for end in (".", os.sep))
+        if not _real_path(file).startswith(places[top]) and not is_importable(top):
             yield module
 
 

@@ -9,6 +9,7 @@ import json
 import os
 import sys
 from collections.abc import Iterable
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from bigdl import __version__
@@ -85,6 +86,8 @@ def _app() -> Any:
     """The commands. Made when called, so that importing this module needs no extra."""
     import typer
 
+    from bigdl.nano.launch import planned
+
     app = typer.Typer(
         name="bigdl",
         no_args_is_help=True,
@@ -122,6 +125,39 @@ def _app() -> Any:
         Exits with 1 if something that is installed does not work.
         """
         raise typer.Exit(_doctor(as_json=as_json, time_limit_s=time_limit))
+
+    # everything behind SCRIPT is the script's, options too
+    @app.command(
+        epilog="Example: bigdl launch -n 2 train.py --epochs 3",
+        context_settings={"allow_interspersed_args": False},
+    )
+    def launch(
+        script: Annotated[
+            Path,
+            typer.Argument(metavar="SCRIPT", exists=True, dir_okay=False, help="A Python file."),
+        ],
+        arguments: Annotated[
+            list[str] | None, typer.Argument(metavar="[ARGS]...", help="Its own arguments.")
+        ] = None,
+        processes: Annotated[
+            int, typer.Option("-n", "--num-processes", min=1, help="How many processes.")
+        ] = 1,
+        dry_run: Annotated[
+            bool, typer.Option("--dry-run", help="Show what would be started, and start nothing.")
+        ] = False,
+    ) -> None:
+        """Run a Python script in several processes of this machine.
+
+        Each has cores of its own and as many threads, and finds RANK, WORLD_SIZE, LOCAL_RANK,
+        MASTER_ADDR and MASTER_PORT in its environment, as torch.distributed reads them.
+
+        The first that fails ends the others, and its exit code is this command's.
+        """
+        found = planned(processes, script, arguments or [])
+        if dry_run:
+            typer.echo(found.shown())
+            raise typer.Exit
+        raise typer.Exit(found.run(sys.stdout.buffer, sys.stderr.buffer))
 
     return app
 

@@ -3,5 +3,8 @@
 import pytest
 
 pytest.register_assert_rewrite(
-    "bigdl.testing.collective", "bigdl.testing.engine", "bigdl.testing.sharded"
+    "bigdl.testing.collective",
+    "bigdl.testing.engine",
+    "bigdl.testing.sharded",
+    "bigdl.testing.xshards",
 )

@@ -23,6 +23,7 @@ from bigdl.errors import (
     ArgumentError,
     ConfigError,
     ContextError,
+    DataError,
     TimeLimitError,
     WorkerError,
     WorkerLostError,
@@ -541,6 +542,29 @@ class EngineContract:
         read = engine.map(lambda refs: [ref.get() for ref in refs], outer)
         assert engine.gather(read) == [[2, 4]]
 
+    def test_parts_are_kept_one_by_one(self, engine: Engine) -> None:
+        shards = engine.split(lambda n: [n, [n] * n, {"n": n}], engine.scatter([1, 2]), 3)
+        assert all(isinstance(ref, Ref) for refs in shards for ref in refs)
+        exchanged = engine.scatter(list(zip(*shards, strict=True)))
+        del shards
+        read = engine.map(lambda refs: [ref.get() for ref in refs], exchanged)
+        assert engine.gather(read) == [[1, 2], [[1], [2, 2]], [{"n": 1}, {"n": 2}]]
+        assert engine.split(list, [], 2) == []
+        assert engine.split(list, engine.scatter(["", ""]), 0) == [[], []]
+
+    def test_parts_that_fail_say_so(self, engine: Engine) -> None:
+        def halves(value: int) -> list[int]:
+            return [12 // value] * 2
+
+        good, bad = engine.split(halves, engine.scatter([3, 0]), 2)
+        assert engine.gather(good) == [4, 4]
+        with pytest.raises(ZeroDivisionError) as caught:
+            engine.gather(bad[1:])
+        assert "shard 2 of 2" in str(caught.value.__cause__)
+        [few] = engine.split(halves, engine.scatter([3]), 3)
+        with pytest.raises(DataError, match="2 values came where 3"):
+            engine.gather(few[:1])
+
     def test_refs_of_others_are_refused(self, engine: Engine) -> None:
         with pytest.raises(ArgumentError, match=r"refs\[1\] is a int"):
             engine.map(str, [*engine.scatter([1]), 2])  # type: ignore[list-item]
@@ -561,6 +585,7 @@ class EngineContract:
             lambda: engine.gang(_wait_for_ever, 1),
             lambda: engine.scatter([1]),
             lambda: engine.map(str, refs),
+            lambda: engine.split(list, refs, 1),
             lambda: engine.gather(refs),
             running.result,
         ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import textwrap
@@ -11,6 +12,7 @@ import pytest
 import torch
 from torch import nn
 
+from bigdl._base.environment import find_allocator
 from bigdl.errors import ArgumentError, ConfigError
 from bigdl.nano.accelerators import ACCELERATORS
 from bigdl.nano.accelerators.base import Calibration, Config, Spec, TensorSpec, make_config
@@ -40,6 +42,32 @@ def test_shapes_that_come_again_get_a_form_of_their_own():
         x = torch.randn(rows, 4)
         torch.testing.assert_close(fast(x), model(x).detach(), rtol=1e-4, atol=1e-5)
     assert set(compiled._own) == {own, ((2, 4),)}  # and no more than were allowed
+
+
+@pytest.mark.skipif(find_allocator() is None, reason="needs jemalloc or tcmalloc")
+def test_beside_an_allocator_that_the_user_has_preloaded():
+    """TBB, left to itself, would free with it what the C library has allocated: a crash."""
+    code = """
+        import numpy as np, openvino as ov
+        from bigdl.nano.accelerators.base import Spec, TensorSpec
+        from bigdl.nano.accelerators.openvino import OpenVinoCompiled
+        from openvino import opset13 as ops
+
+        x = ops.parameter([-1, 3], np.float32, name="x")
+        model = ov.Model([ops.multiply(x, ops.constant(np.float32(2)))], [x])
+        model.inputs[0].set_names({"x"})
+        inputs = (TensorSpec(name="x", dtype="float32", shape=(None, 3)),)
+        outputs = (TensorSpec(name="y", dtype="float32", shape=(None, 3)),)
+        spec = Spec(precision="fp32", inputs=inputs, outputs=outputs, threads=1, config=None)
+        (y,) = OpenVinoCompiled(model, spec)(np.ones((2, 3), np.float32))
+        assert (y == 2).all()
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)],
+        env={**os.environ, "LD_PRELOAD": str(find_allocator())},
+        capture_output=True, text=True, check=False, timeout=60,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
 
 
 def test_one_form_for_all_shapes():

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset, RandomSampler
 
+from bigdl.nano.pytorch.plan import on_run
 from bigdl.nano.pytorch.plan.candidates import Applied, Scene, candidate
 from bigdl.nano.pytorch.plan.on_run import TrialOnRun
 from bigdl.nano.pytorch.plan.prefetching import Prefetch
@@ -240,6 +241,35 @@ def test_a_trial_on_the_run_ends_though_epochs_are_short(epoch_steps):
         if any(trial.after_step() for _ in range(epoch_steps)):
             break
     assert trial.timing is not None
+
+
+def test_a_trial_on_the_run_that_only_slows_it_ends_early(monkeypatch):
+    clock = Clock()
+    monkeypatch.setattr(on_run, "time", clock)
+    trials = {}
+    for cost in (2.0, 0.5):  # of a step under it, beside 1 without
+        trial = trials[cost] = TrialOnRun(
+            candidate("prefetch"), Settling, step_s=0.01, epoch_steps=400
+        )
+        trial.epoch_started()
+        for _ in range(2000):
+            clock.now += 0.01 * (1.0 if trial.applied is None else cost)
+            if trial.after_step():
+                break
+    slower, faster = (trials[cost].timing for cost in (2.0, 0.5))
+    assert slower.speedup < 1 < faster.speedup
+    assert len(trials[2.0]._blocks) == 6
+    assert len(trials[0.5]._blocks) == 16
+
+
+class Clock:
+    """A time that moves when it is told to."""
+
+    def __init__(self):
+        self.now = 0.0
+
+    def perf_counter(self):
+        return self.now
 
 
 def test_no_trial_on_the_run_where_an_epoch_is_a_few_steps():

@@ -26,6 +26,7 @@ from bigdl.orca.engines.base import EngineSettings, GangSetup
 from bigdl.orca.engines.worker import emit
 from bigdl.testing.collective import leftovers
 from bigdl.testing.engine import EngineContract
+from bigdl.testing.processes import are_gone, is_alive
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 
@@ -45,22 +46,6 @@ def engine():
     engine = _open(3)
     yield engine
     engine.close()
-
-
-def _alive(pid: int) -> bool:
-    try:
-        return "State:\tZ" not in Path(f"/proc/{pid}/status").read_text()
-    except (FileNotFoundError, ProcessLookupError):
-        return False
-
-
-def _gone(pids, within_s: float = 10.0) -> bool:
-    deadline = time.monotonic() + within_s
-    while time.monotonic() < deadline:
-        if not any(map(_alive, pids)):
-            return True
-        time.sleep(0.05)
-    return False
 
 
 class TestLocal(EngineContract):
@@ -157,8 +142,8 @@ def test_what_a_gang_had_is_gone_when_it_returns(engine):
         return os.getpid(), subprocess.Popen(["sleep", "300"], start_new_session=True).pid
 
     pids = list(itertools.chain(*engine.gang(start_one, 3)))
-    assert not any(_alive(pid) for pid in pids[::2])
-    assert _gone(pids)
+    assert not any(is_alive(pid) for pid in pids[::2])
+    assert are_gone(pids)
 
 
 def test_it_runs_where_the_caller_is(engine, tmp_path, monkeypatch):
@@ -301,6 +286,30 @@ def test_nothing_is_left_of_a_closed_engine():
 
 
 @linux
+def test_files_of_parts_go_one_by_one(engine):
+    def count(n, within_s=10.0):
+        deadline = time.monotonic() + within_s
+        while True:
+            found = len(list(Path(tempfile.gettempdir()).rglob("kept-*")))
+            if found == n or time.monotonic() > deadline:
+                return found
+            engine.submit(int).result()
+
+    refs = engine.scatter([0])
+    [parts] = engine.split(lambda x: [x, x, x], refs, 3)
+    engine.gather(parts)
+    assert count(4) == 4
+    del parts[0]
+    assert count(3) == 3
+    del parts
+    assert count(1) == 1
+    [parts] = engine.split(lambda x: [x, time.sleep(1)], refs, 2)
+    del parts[0]  # before it is made
+    engine.gather(parts)
+    del parts
+    assert count(1) == 1
+
+
 def test_files_go_with_what_they_hold(engine):
     def kept():
         return [path for path in Path(tempfile.gettempdir()).rglob("kept-*")]
@@ -370,7 +379,7 @@ def test_killed_workers_are_noticed_and_leave_nothing(engine):
             engine.gang(work, 3, on_event=listen)
         assert caught.value.rank == victim
         assert time.monotonic() - killed_at[0] < 10
-        assert not any(map(_alive, pids.values()))
+        assert not any(map(is_alive, pids.values()))
         assert leftovers(marks.pop()) == []
 
 
@@ -458,7 +467,7 @@ def _running(tmp_path):
     pids = [int(pid) for pid in pids]
     assert len(pids) == 7
     assert leftovers(mark)
-    assert all(map(_alive, pids))
+    assert all(map(is_alive, pids))
     assert list(tmp_path.iterdir())
     return program, pids, mark
 
@@ -469,7 +478,7 @@ def test_workers_die_with_the_driver(tmp_path, how):
     program, pids, mark = _running(tmp_path)
     program.send_signal(how)
     program.communicate(timeout=20)
-    assert _gone(pids, 15)
+    assert are_gone(pids, 15)
     deadline = time.monotonic() + 15
     while list(tmp_path.iterdir()) and time.monotonic() < deadline:
         time.sleep(0.05)
@@ -485,7 +494,7 @@ def test_ctrl_c_ends_the_gang_and_leaves_the_engine_usable(tmp_path):
     assert out == "interrupted [0, 1, 2]\n"
     assert "KeyboardInterrupt" in errors
     assert program.returncode == -signal.SIGINT
-    assert _gone(pids)
+    assert are_gone(pids)
     assert list(tmp_path.iterdir()) == []
     assert leftovers(mark) == []
 

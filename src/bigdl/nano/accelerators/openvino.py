@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from bigdl._base.environment import environment
+from bigdl._base.environment import TBB_BESIDE_ALLOCATOR, allocator_in_use, environment
 from bigdl._base.errors import (
     AccuracyError,
     BigDLError,
@@ -210,8 +210,10 @@ class OpenVinoCompiled:
 
 
 def _compile(model: Any, spec: Spec) -> Any:
+    # TBB reads its variable once, here, and our caller may have preloaded an allocator himself
+    variables: dict[str, str | None] = {**TBB_BESIDE_ALLOCATOR} if allocator_in_use() else {}
     try:
-        with signal_stack_kept():
+        with environment(**variables), signal_stack_kept():
             return _core().compile_model(model, "CPU", _settings(spec))
     except RuntimeError as exc:
         raise ConfigError(f"OpenVINO cannot run this model: {_line(exc)}") from exc

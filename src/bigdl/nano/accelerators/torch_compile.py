@@ -113,7 +113,7 @@ def compiled_call(
     code = call.__code__.replace(co_name=f"call_{next(_number)}")
     own = types.FunctionType(code, call.__globals__, code.co_name, None, call.__closure__)
     options = None if config.mode == "default" else torch._inductor.list_mode_options(config.mode)
-    return _Compiling(torch.compile(own, options=options), inputs, config.freezing)
+    return _Compiling(torch.compile(own, options=options), module, config, inputs)
 
 
 class _Compiling:
@@ -125,15 +125,24 @@ class _Compiling:
     """
 
     def __init__(
-        self, compiled: Callable[..., Any], inputs: Sequence[TensorSpec], freezing: bool
+        self,
+        compiled: Callable[..., Any],
+        module: Any,
+        config: TorchCompileConfig,
+        inputs: Sequence[TensorSpec],
     ) -> None:
-        self._compiled, self._inputs, self._freezing = compiled, inputs, freezing
+        self._compiled, self._inputs, self._freezing = compiled, inputs, config.freezing
+        self._made_of = module, config, inputs
         self._varying = [
             tuple(axis for axis, length in enumerate(spec.shape) if length is None)
             for spec in inputs
         ]
         self._known: set[Any] = set()
         self._lock = threading.RLock()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """In another process it is compiled there."""
+        return compiled_call, self._made_of
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         kind = None if kwargs or len(args) != len(self._inputs) else self._kind(args)

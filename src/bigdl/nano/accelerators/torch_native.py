@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -132,6 +133,11 @@ class NativeCompiled:
             tensor.untyped_storage().data_ptr()
             for tensor in (*module.parameters(), *module.buffers())
         )
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """In another process: the same module, and a call made anew there."""
+        build = functools.partial(NativeCompiled, channels_last=self._channels_last)
+        return build, (self._module, self._call, self._spec)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if torch.is_inference_mode_enabled():

@@ -10,7 +10,9 @@ from bigdl._base.calls import Gone, Renamed
 
 Table = Mapping[str, Renamed | Gone]
 
-__all__ = ["BEST_MODEL", "GET_MODEL", "LOAD", "OPTIMIZE", "QUANTIZE", "SAVE", "TRACE"]
+__all__ = [
+    "BEST_MODEL", "GET_MODEL", "LOAD", "MULTI_INSTANCE", "OPTIMIZE", "QUANTIZE", "SAVE", "TRACE",
+]  # fmt: skip
 
 _IPEX = Gone(
     "IPEX has ended. Use quantize(model, 'bf16') or trace(model, accelerator='compile').",
@@ -121,3 +123,4 @@ LOAD: Table = {
     "cache_dir": _OPENVINO,
     "shapes": Gone("the saved folder knows its inputs; save it with other dynamic_axes."),
 }
+MULTI_INSTANCE: Table = {}

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from bigdl._base.trees import Tree
     from bigdl.orca.data.contract import Request
 
-__all__ = ["Columns", "Nulls", "fill_nulls", "from_cells", "narrowed", "stacked"]
+__all__ = ["Columns", "Nulls", "NullsFound", "fill_nulls", "from_cells", "narrowed", "stacked"]
 
 _EPOCH = datetime.datetime(1970, 1, 1, tzinfo=datetime.UTC)
 _MICROSECOND = datetime.timedelta(microseconds=1)
@@ -93,6 +93,16 @@ class Columns:
         return Schema(features=features, labels=labels)
 
 
+class NullsFound(DataError):
+    """A table has nulls: how many in which columns.
+
+    Attributes:
+        counts: By column.
+    """
+
+    counts: dict[Any, int]
+
+
 class Nulls:
     """Counts nulls of several columns, to report them together."""
 
@@ -113,10 +123,12 @@ class Nulls:
         """
         if self._found:
             counts = ", ".join(f"{name!r} has {count}" for name, count in self._found.items())
-            raise DataError(
+            found = NullsFound(
                 f"Nulls in {self._rows} rows{self._where}: column {counts}. "
                 "Say what stands for them, fill=value or fill={column: value}, or drop those rows."
             )
+            found.counts = dict(self._found)
+            raise found
 
 
 def _names(

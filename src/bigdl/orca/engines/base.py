@@ -218,6 +218,15 @@ class Engine(Protocol):
         found again by the next call.
         """
 
+    def split(
+        self, fn: Callable[[Any], Sequence[Any]], refs: Sequence[Ref], parts: int
+    ) -> list[list[Ref]]:
+        """As ``map``, for a function that gives ``parts`` values: each is kept by itself.
+
+        So what belongs together elsewhere can be sent there without the rest. Where ``fn`` gives
+        another number of values, reading any of them raises ``DataError``.
+        """
+
     def gather(self, refs: Sequence[Ref]) -> list[Any]:
         """The values, in order. Raises what the first failed one, in order, has raised."""
 

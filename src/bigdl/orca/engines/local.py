@@ -196,6 +196,24 @@ class LocalEngine:
 
     def map(self, fn: Callable[[Any], Any], refs: Sequence[Ref]) -> list[Ref]:
         """As ``Engine.map``: work starts at once, on as many refs as there are slots."""
+        service = self._start()
+        return [LocalRef(job.paths[0], job, service) for job in self._begin(fn, refs)]
+
+    def split(
+        self, fn: Callable[[Any], Sequence[Any]], refs: Sequence[Ref], parts: int
+    ) -> list[list[Ref]]:
+        """As ``Engine.split``: each value becomes a file of its own."""
+        service = self._start()
+        found: list[list[Ref]] = []
+        for job in self._begin(fn, refs, parts):
+            whole = LocalRef("", job, service)  # lives as long as one of its parts
+            found.append([LocalRef(path, job, reads=[whole]) for path in job.paths])
+        return found
+
+    def _begin(
+        self, fn: Callable[[Any], Any], refs: Sequence[Ref], parts: int | None = None
+    ) -> list[Job]:
+        """One job a ref, whose value is kept; in ``parts`` of its own if that is a number."""
         self._check()
         wrong = [i for i, ref in enumerate(refs) if not isinstance(ref, LocalRef)]
         if wrong:
@@ -204,18 +222,19 @@ class LocalEngine:
         service = self._start()
         with noticed() as read:
             function = self._parcel(dumps(fn))
-        made: list[Ref] = []
+        made: list[Job] = []
         for index, ref in enumerate(cast("Sequence[LocalRef]", refs)):
             path = store.new_path(service.folder())
+            paths = [path] if parts is None else [f"{path}-{i}" for i in range(parts)]
             job = Job(
-                _maker(function, source=ref.path, keep=path),
+                _maker(function, source=ref.path, keep=paths, is_split=parts is not None),
                 _kind(1),
                 where=f"shard {index + 1} of {len(refs)}",
-                path=path,
+                paths=paths,
                 refs=[ref, *read],
             )
             service.begin([job])
-            made.append(LocalRef(path, job, service))
+            made.append(job)
         return made
 
     def gather(self, refs: Sequence[Ref]) -> list[Any]:
@@ -266,7 +285,8 @@ def _maker(
     args: store.Parcel | None = None,
     *,
     source: str | None = None,
-    keep: str | None = None,
+    keep: Sequence[str] = (),
+    is_split: bool = False,
     own: str = "",
     member: Member | None = None,
 ) -> Callable[[tuple[int, ...] | None, str], Order]:
@@ -279,7 +299,8 @@ def _maker(
             args=args.message if args is not None else b"",
             source=source,
             member=member,
-            keep=keep,
+            keep=tuple(keep),
+            is_split=is_split,
             cpus=cpus,
             store=os.path.join(where, own),
             search_path=path,

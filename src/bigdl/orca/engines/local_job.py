@@ -40,7 +40,7 @@ class Job:
         cores: Slots that it takes.
         where: What it is in words: "worker 1 of 3", "shard 2 of 4", "a task".
         rank: A gang member's.
-        path: Where its value is to be kept; None = it travels.
+        paths: Where its value, or the parts of it, are to be kept; () = it travels.
         refs: Kept values that it reads; it starts when they are there.
         mail: Where its news go.
     """
@@ -53,7 +53,7 @@ class Job:
         cores: int = 1,
         where: str = "a task",
         rank: int | None = None,
-        path: str | None = None,
+        paths: Sequence[str] = (),
         refs: Sequence[LocalRef] = (),
         mail: queue.SimpleQueue[Mail] | None = None,
     ) -> None:
@@ -62,7 +62,7 @@ class Job:
         self.cores = cores
         self.where = where
         self.rank = rank
-        self.path = path
+        self.paths = paths
         self.refs = refs  # their files live as long as it may read them
         self.mail: queue.SimpleQueue[Mail] = queue.SimpleQueue() if mail is None else mail
         self.ended = threading.Event()

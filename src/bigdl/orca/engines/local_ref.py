@@ -32,8 +32,8 @@ class LocalRef:
     Args:
         path: The file.
         job: What will write it; None = it is there.
-        service: Where the job runs.
-        reads: Refs within the value; they live as long as this one.
+        service: Where the job runs; it is dropped with this object. None: another ref does so.
+        reads: Refs within the value, or what it is a part of; they live as long as this one.
     """
 
     def __init__(
@@ -48,7 +48,7 @@ class LocalRef:
         self.job = job
         self._reads = reads
         if job is None or service is None:
-            weakref.finalize(self, store.remove, path).atexit = False
+            weakref.finalize(self, store.remove, path).atexit = False  # of a part, early
         else:
             weakref.finalize(self, _drop, service, job).atexit = False
 

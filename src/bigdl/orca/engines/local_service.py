@@ -270,14 +270,13 @@ class Service:
 
     def _finish(self, job: Job, outcome: bytes | Failed | Lost | BigDLError) -> None:
         job.end(outcome)
-        if job.is_dropped and job.path is not None:
-            store.remove(job.path)
+        if job.is_dropped:
+            _remove(job.paths)
 
     def _drop(self, job: Job) -> None:
         job.is_dropped = True
         self._cancel(job)
-        if job.path is not None:
-            store.remove(job.path)
+        _remove(job.paths)
 
     def _cancel(self, job: Job) -> None:
         process = job.process
@@ -386,3 +385,8 @@ class Service:
             self._finish(job, job.cancelled() if kill else lost)
         if process.crew.kind == self._home and not self._folder:
             raise WorkerError(f"No worker process could be started on this machine: {how}")
+
+
+def _remove(paths: Sequence[str]) -> None:
+    for path in paths:
+        store.remove(path)

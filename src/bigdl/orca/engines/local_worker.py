@@ -18,6 +18,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from bigdl._base import wire
+from bigdl._base.environment import stay_on
+from bigdl._base.errors import DataError
 from bigdl.orca.engines import local_store as store
 from bigdl.orca.engines.outcome import failed
 from bigdl.orca.engines.pickling import dumps
@@ -69,7 +71,8 @@ class Order:
         args: Its arguments; for a member those after the context; b"" if ``source`` has it.
         source: A stored value's path, the one argument.
         member: Its place in a gang.
-        keep: The path to leave the value at, instead of sending it; None = send it.
+        keep: Where to leave the value, instead of sending it; () = send it.
+        is_split: The value is a sequence, each item of which has a path of its own.
         cpus: The cores to run on; None leaves them.
         store: Where its long messages lie: the engine's folder, or a part of it.
         search_path: The caller's ``sys.path``.
@@ -80,7 +83,8 @@ class Order:
     args: bytes = b""
     source: str | None = None
     member: Member | None = None
-    keep: str | None = None
+    keep: tuple[str, ...] = ()
+    is_split: bool = False
     cpus: tuple[int, ...] | None = None
     store: str = ""
     search_path: tuple[str, ...] = ()
@@ -119,8 +123,8 @@ def _obey(line: _Line, order: Order) -> None:
         with sending(lambda event: line.send(EVENT, store.pack(event, order.store))):
             value = _call(order)
         kind, answer = VALUE, b""
-        if order.keep is not None:
-            store.save(dumps(value), order.keep)
+        if order.keep or order.is_split:
+            _keep(value, order)
         else:
             answer = store.pack(dumps(value), order.store)
     except Exception as exc:  # noqa: BLE001  (it is raised again in the caller)
@@ -129,6 +133,14 @@ def _obey(line: _Line, order: Order) -> None:
         with contextlib.suppress(OSError, ValueError, AttributeError):  # closed, or None
             stream.flush()
     line.send(kind, answer)
+
+
+def _keep(value: Any, order: Order) -> None:
+    """Leave the value where its refs look for it."""
+    if order.is_split and len(value) != len(order.keep):
+        raise DataError(f"{len(value)} values came where {len(order.keep)} were to be kept.")
+    for path, part in zip(order.keep, value if order.is_split else [value], strict=True):
+        store.save(dumps(part), path)
 
 
 def _call(order: Order) -> Any:
@@ -147,10 +159,7 @@ def _settle(order: Order) -> None:
     sys.path[:] = order.search_path
     if os.getcwd() != order.folder:
         os.chdir(order.folder)
-    if order.cpus is not None and sys.platform == "linux":
-        for thread in os.listdir("/proc/self/task"):  # libraries may have started some
-            with contextlib.suppress(ProcessLookupError):
-                os.sched_setaffinity(int(thread), order.cpus)
+    stay_on(order.cpus)
 
 
 def _widen_blas() -> None:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from bigdl._base.errors import WorkerError, WorkerLostError
-from bigdl._base.nursery import _describe
+from bigdl._base.nursery import describe
 
 __all__ = ["Failed", "Lost", "failed", "opened"]
 
@@ -47,7 +47,7 @@ class Lost:
 
 def failed(exc: BaseException) -> Failed:
     """Describe an exception, in the worker."""
-    kind, text, trace, blob = _describe(exc)
+    kind, text, trace, blob = describe(exc)
     return Failed(kind=kind, text=text, traceback=trace, blob=blob)
 
 

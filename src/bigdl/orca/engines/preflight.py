@@ -12,6 +12,7 @@ from dataclasses import dataclass, fields
 
 import bigdl
 from bigdl._base import machine
+from bigdl._base.tables import aligned
 
 __all__ = ["Facts", "Preflight", "facts"]
 
@@ -64,12 +65,7 @@ class Preflight:
         rows = [[column.name.replace("_bytes", "") for column in fields(Facts)]]
         rows += [_cells(one) for one in (self.caller, *self.nodes)]
         rows = [["", *rows[0]], ["caller", *rows[1]], *(["node", *row] for row in rows[2:])]
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        lines = [
-            "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-            for row in rows
-        ]
-        return "\n".join([*lines, *self.faults()])
+        return "\n".join([*aligned(rows), *self.faults()])
 
 
 def facts() -> Facts:

@@ -5,33 +5,35 @@ A face (``bigdl.orca.learn.pytorch``, …) makes the program and puts its words 
 
 from __future__ import annotations
 
+from copy import copy
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, Self
 
-from bigdl._base.calls import shown
-from bigdl._base.errors import ArgumentError, ConfigError, NotReadyError
+from bigdl._base.live import LiveLine
 from bigdl.orca.context import current_engine
 from bigdl.orca.data.adapters import adapt
 from bigdl.orca.data.contract import DEFAULT_BATCH_SIZE, Request
-from bigdl.orca.learn import checkpoint
-from bigdl.orca.learn.callbacks import Callback, ModelCheckpoint
+from bigdl.orca.learn.callbacks import Progress
+from bigdl.orca.learn.checks import check_fit, checked_workers
+from bigdl.orca.learn.explain import Explanation, explain
 from bigdl.orca.learn.fit import Fitted, Job, evaluate, fit
+from bigdl.orca.learn.kept import Kept
 from bigdl.orca.learn.predict import predict
-from bigdl.orca.learn.program import Cursor, Options
-from bigdl.orca.learn.progress import Progress
+from bigdl.orca.learn.program import Options
+from bigdl.orca.learn.progress import ProgressLine
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
-    from os import PathLike
+    from collections.abc import Callable, Sequence
 
     from bigdl.orca.data.contract import Sharded
     from bigdl.orca.engines.base import Engine
-    from bigdl.orca.learn.program import Program, State
+    from bigdl.orca.learn.callbacks import Callback
+    from bigdl.orca.learn.program import Program
 
 __all__ = ["BaseEstimator"]
 
 
-class BaseEstimator:
+class BaseEstimator(Kept):
     """A program, and how far its training is.
 
     Args:
@@ -41,24 +43,13 @@ class BaseEstimator:
     """
 
     def __init__(self, program: Program, workers: int | tuple[int, int] | None = None) -> None:
-        self._program = program
-        self._workers = _checked_workers(workers)
-        self._state: State | None = None
-        self._cursor = Cursor()
-        self._is_shut = False
+        super().__init__(program)
+        self._workers = checked_workers(workers)
+        #: Workers that predict at the same time; None = as many as there are slots.
+        self._at_once: int | None = None
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}(epoch={self.epoch}, step={self.step})"
-
-    @property
-    def epoch(self) -> int:
-        """Whole epochs trained."""
-        return self._cursor.epoch
-
-    @property
-    def step(self) -> int:
-        """Updates made."""
-        return self._cursor.step
 
     # --- fit ---
 
@@ -128,9 +119,17 @@ class BaseEstimator:
         """
         engine = self._engine()
         hung = callbacks or ()
-        _check_fit(
-            epochs, seed, validate_every, validate_every_steps, max_failures, hang_timeout_s, hung
+        check_fit(
+            epochs,
+            seed,
+            max_steps,
+            validate_every,
+            validate_every_steps,
+            max_failures,
+            hang_timeout_s,
+            hung,
         )
+        self._program.check_training()
         request = Request(
             call="fit",
             feature_cols=feature_cols,
@@ -142,7 +141,6 @@ class BaseEstimator:
             shuffle=shuffle,
             config=getattr(self._program, "config", None),
         )
-        workers = self._number(engine)
         job = Job(
             program=self._program,
             data=adapt(data, request),
@@ -165,11 +163,17 @@ class BaseEstimator:
             validate_every_steps=validate_every_steps,
             callbacks=tuple(hung),
         )
-        with Progress(epochs=epochs, first=self.epoch + 1, rows=job.data.rows) as progress:
+        line = ProgressLine(
+            epochs=epochs,
+            first=self.epoch + 1,
+            rows=job.data.rows,
+            is_asked=any(isinstance(one, Progress) for one in hung),
+        )
+        with line as progress:
             fitted = fit(
                 engine,
                 job,
-                workers=workers,
+                workers=lambda: self._number(engine),
                 max_failures=max_failures,
                 hang_timeout_s=hang_timeout_s,
                 on_event=progress.heard,
@@ -239,20 +243,36 @@ class BaseEstimator:
         *,
         feature_cols: str | Sequence[str] | None = None,
         output_cols: str | Sequence[str] = "prediction",
+        accelerator: str | None = None,
         precision: Literal["fp32", "bf16"] = "fp32",
         fill: Any = None,
         transform: Callable[[Any], Any] | None = None,
     ) -> Any:
         """Outputs for every row, in the caller's kind of data and order.
 
+        Args:
+            data: Features, of any kind that ``fit`` takes.
+            batch_size: Most rows in a call of the model; None = 32.
+            feature_cols: Columns of a table, in the order of the model's inputs.
+            output_cols: Of the column, or columns, that tables get.
+            accelerator: One of Nano's: "compile", "onnxruntime", "openvino", …; None = the
+                framework itself.
+            precision: "bf16" is for the arithmetic only.
+            fill: In place of nulls in tables.
+            transform: From the features of one batch to those that the model gets.
+
         Returns:
             NumPy arrays in the outputs' structure for arrays and loaders; for tables the
             caller's rows and columns, then ``output_cols``.
 
         Raises:
+            ConfigError: A value is not allowed, or the accelerator cannot run this model.
             DataError: The data cannot be used as asked.
         """
         engine = self._engine()
+        options = Options(precision=precision, accelerator=accelerator)
+        if accelerator is not None:
+            self._program.check_accelerator()
         request = Request(
             call="predict",
             feature_cols=feature_cols,
@@ -267,55 +287,74 @@ class BaseEstimator:
             adapt(data, request),
             size=batch_size or DEFAULT_BATCH_SIZE,
             names=output_cols,
-            options=Options(precision=precision),
+            options=options,
             state=self._present(),
+            workers=self._at_once,
         )
 
-    # --- checkpoints ---
+    # --- what it costs ---
 
-    def save_checkpoint(self, path: str | PathLike[str]) -> str:
-        """Write all that training needs to go on, to a folder on any fsspec path.
+    def explain(
+        self,
+        data: Any,
+        batch_size: int | None = None,
+        *,
+        feature_cols: str | Sequence[str] | None = None,
+        label_cols: str | Sequence[str] | None = None,
+        shuffle: bool | None = None,
+        seed: int = 0,
+        accumulation_steps: int = 1,
+        precision: Literal["fp32", "bf16"] = "fp32",
+        fill: Any = None,
+        transform: Callable[[Any], Any] | None = None,
+        target_transform: Callable[[Any], Any] | None = None,
+    ) -> Explanation:
+        """What ``fit`` with these arguments costs, before it runs; trains nothing of the caller's.
+
+        Copies are trained for a few seconds, by one worker and by two; more workers of this
+        machine are estimated, and machines like it simulated.
+
+        Returns:
+            An object whose ``str`` is the table: bytes of a row, memory of a worker,
+            milliseconds of a step and rows/s by number of workers, and from how many on
+            several are faster than one.
 
         Raises:
-            NotReadyError: Nothing was trained yet.
+            ConfigError: A value is not allowed; before any work.
+            DataError: The data cannot be used as asked.
+            NotReadyError: There is no optimizer or no loss.
         """
-        self._open()
-        state = self._present()
-        if state is None:
-            raise NotReadyError("There is nothing to checkpoint yet: call fit() first.")
-        saved = checkpoint.Checkpoint(state=state, cursor=self._cursor, seed=None)
-        return checkpoint.write(path, saved, self._program.codec)
-
-    def load_checkpoint(self, path: str | PathLike[str]) -> None:
-        """Take a checkpoint, or the latest of a folder of them, into the model at once.
-
-        Raises:
-            FileNotFoundError: There is none.
-            StoredModelError: It is damaged, or of another model; nothing has changed.
-        """
-        self._open()
-        codec = self._program.codec
-        try:
-            saved = checkpoint.read(path, codec)
-        except FileNotFoundError:
-            saved = checkpoint.read(checkpoint.latest(path, codec), codec)
-        self._program.take(saved.state)
-        self._state, self._cursor = saved.state, saved.cursor
-
-    def shutdown(self) -> None:
-        """Let go of what was trained here; later calls are errors. The caller's model stays."""
-        self._is_shut = True
-        self._state = None
+        engine = self._engine()
+        request = Request(
+            call="fit",
+            feature_cols=feature_cols,
+            label_cols=label_cols,
+            fill=fill,
+            transform=transform,
+            target_transform=target_transform,
+            batch_size=batch_size,
+            shuffle=shuffle,
+            config=getattr(self._program, "config", None),
+        )
+        job = Job(
+            program=self._program,
+            data=adapt(data, request),
+            options=Options(accumulation_steps=accumulation_steps, precision=precision),
+            size=batch_size or DEFAULT_BATCH_SIZE,
+            seed=None if shuffle is False else seed,
+            streams_seed=seed,
+            state=self._present(),
+        )
+        with LiveLine() as line:
+            return explain(engine, job, say=lambda what: line.show(f"explain: {what} …"))
 
     # --- inside ---
 
-    def _present(self) -> State | None:
-        """The state to go on from: the caller's own objects say what they hold."""
-        return None if self._state is None else self._program.refreshed(self._state)
-
-    def _open(self) -> None:
-        if self._is_shut:
-            raise NotReadyError("This estimator was shut down; make another.")
+    def _predicting(self, workers: int | None) -> Self:
+        """The same estimator as it is now, of which so many workers predict at a time."""
+        view = copy(self)
+        view._at_once = workers
+        return view
 
     def _engine(self) -> Engine:
         self._open()
@@ -328,68 +367,3 @@ class BaseEstimator:
             return self._workers
         least, most = self._workers
         return max(least, min(most, engine.slots()))
-
-
-def _checked_workers(workers: Any) -> int | tuple[int, int] | None:
-    pair = workers if isinstance(workers, tuple) else (workers, workers)
-    if workers is None:
-        return None
-    if len(pair) != 2 or not all(isinstance(n, int) and not isinstance(n, bool) for n in pair):
-        raise ArgumentError(f"workers={shown(workers)}: need a number, (fewest, most) or None.")
-    if not 1 <= pair[0] <= pair[1]:
-        raise ConfigError(f"workers={workers!r}: need 1 or more, the fewest before the most.")
-    return workers
-
-
-def _check_fit(
-    epochs: Any,
-    seed: Any,
-    validate_every: Any,
-    validate_every_steps: Any,
-    max_failures: Any,
-    hang_timeout_s: Any,
-    callbacks: Sequence[Any],
-) -> None:
-    """Refuse what no data and no engine could make right; all faults in one text."""
-    strange = [one for one in callbacks if not isinstance(one, Callback)]
-    if strange:
-        raise ArgumentError(
-            f"callbacks holds {shown(strange[0])}; need objects of bigdl.orca.learn.callbacks."
-        )
-    least = {
-        "epochs": (epochs, 1),
-        "validate_every": (validate_every, 1),
-        "validate_every_steps": (validate_every_steps, 1),
-        "max_failures": (max_failures, 0),
-        "seed": (seed, 0),
-    }
-    wrong = [
-        f"{name}={value!r} (need a whole number >= {low})"
-        for name, (value, low) in least.items()
-        if not (name == "validate_every_steps" and value is None)
-        and (isinstance(value, bool) or not isinstance(value, int) or value < low)
-    ]
-    if hang_timeout_s not in ("auto", None) and not (
-        isinstance(hang_timeout_s, (int, float)) and hang_timeout_s > 0
-    ):
-        wrong.append(f'hang_timeout_s={hang_timeout_s!r} (need "auto", seconds > 0, or None)')
-    if wrong:
-        raise ConfigError("fit() cannot be called so: " + ", ".join(wrong) + ".")
-    if max_failures and not any(isinstance(one, ModelCheckpoint) for one in callbacks):
-        raise ConfigError(
-            f"fit(max_failures={max_failures}) needs a ModelCheckpoint among the callbacks, to "
-            "go on from when a worker was lost."
-        )
-
-
-def known_config(config: Mapping[str, Any] | None) -> dict[str, Any]:
-    """The user's config as a dict of our own.
-
-    Raises:
-        ArgumentError: It is no mapping.
-    """
-    if config is None:
-        return {}
-    if not hasattr(config, "items"):
-        raise ArgumentError(f"config has to be a dict, not {shown(config)}.")
-    return dict(config)

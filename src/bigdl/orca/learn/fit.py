@@ -16,9 +16,11 @@ from typing import TYPE_CHECKING, Any
 
 from bigdl._base.errors import WorkerLostError
 from bigdl.orca.engines.base import GangSetup
+from bigdl.orca.engines.pickling import dumps
 from bigdl.orca.learn import checkpoint
 from bigdl.orca.learn.callbacks import Callback, ModelCheckpoint, TrainingState
 from bigdl.orca.learn.program import Cursor, Hooks, Options, ReplicaContext
+from bigdl.orca.learn.watch import CallbackStates, Watch
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
@@ -28,34 +30,12 @@ if TYPE_CHECKING:
     from bigdl.orca.engines.worker import WorkerContext
     from bigdl.orca.learn.program import Program, Replica, State, StepEnd
 
-__all__ = ["Fitted", "Job", "evaluate", "fit"]
+__all__ = ["Fitted", "Job", "evaluate", "fit", "replica_in_gang"]
 
 logger = logging.getLogger(__name__)
 
 #: A worker tells of its steps at most so often.
 _TELL_S = 0.2
-#: A worker is taken for hung when it tells nothing for so long: in its first step, and later at
-#: the least, or so many times its longest step.
-_FIRST_S, _LEAST_S, _TIMES = 600.0, 60.0, 10.0
-
-
-@dataclass(frozen=True)
-class EpochPart:
-    """A part of an epoch: rows, updates, and the sum of losses over rows."""
-
-    rows: int = 0
-    steps: int = 0
-    loss: float = 0.0
-
-    def with_step(self, step: StepEnd) -> EpochPart:
-        return EpochPart(self.rows + step.rows, self.steps + 1, self.loss + step.loss * step.rows)
-
-    def before(self, row: dict[str, Any]) -> None:
-        """Put this part into the record of the rest."""
-        rows = self.rows + row["rows"]
-        if rows:
-            row["loss"] = (self.loss + row["loss"] * row["rows"]) / rows
-        row["rows"], row["steps"] = rows, self.steps + row["steps"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,7 +57,10 @@ class Job:
         validate_every_steps: And after each so many updates.
         callbacks: The user's.
         run: Name of this run, for its checkpoints.
-        had: What the first epoch's record had when a lost worker broke it off.
+        restarts: Whether a lost worker may start it again: each checkpoint's news then has what
+            the epoch's record is made of so far.
+        had: That of the first epoch, when a lost worker broke it off.
+        trains: Whether it trains, or only evaluates.
     """
 
     program: Program
@@ -94,7 +77,10 @@ class Job:
     validate_every_steps: int | None = None
     callbacks: tuple[Callback, ...] = ()
     run: str = field(default_factory=checkpoint.new_run)
-    had: EpochPart | None = None
+    restarts: bool = False
+    had: Any = None
+    is_stopped: bool = False
+    trains: bool = True
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,7 +106,7 @@ def fit(
     engine: Engine,
     job: Job,
     *,
-    workers: int,
+    workers: int | Callable[[], int],
     cores: int | None = None,
     max_failures: int = 0,
     hang_timeout_s: float | str | None = "auto",
@@ -131,19 +117,21 @@ def fit(
     Args:
         engine: Where.
         job: What.
-        workers: How many.
+        workers: How many; a function is asked at each start.
         cores: Slots a worker.
         max_failures: How many times a lost worker starts the gang again.
         hang_timeout_s: Seconds without a step after which a worker is taken for hung; "auto" =
             10 times the longest, at least 60; 600 for the first; None = never.
         on_event: Called here with (rank, event) as the workers tell: ("step", epoch, step, rows
-            of the epoch, loss), ("epoch", record), ("checkpoint", path, part of the epoch).
+            of the epoch, loss), ("epoch", record), ("checkpoint", path, ``Replica.part``, what
+            callbacks are).
 
     Raises:
         WorkerLostError: More workers were lost than ``max_failures``.
         Exception: What the user's code raised in a worker.
     """
-    watch = _Watch(job, hang_timeout_s, on_event)
+    job = replace(job, restarts=max_failures > 0)
+    watch = Watch(job, hang_timeout_s, on_event)
     failures = 0
     while True:
         setup = GangSetup(
@@ -152,8 +140,9 @@ def fit(
             silence_s=None if hang_timeout_s is None else watch.silence_s,
         )
         try:
+            many = workers() if callable(workers) else workers
             results = engine.gang(
-                partial(_train, job=job), workers, on_event=watch.heard, setup=setup
+                partial(_train, job=job), many, on_event=watch.heard, setup=setup
             )
         except WorkerLostError as exc:
             failures += 1
@@ -180,83 +169,16 @@ def evaluate(
 ) -> dict[str, Any]:
     """Loss, ``rows`` and metrics over all rows, each once."""
     setup = GangSetup(cores=cores, preload=tuple(getattr(program, "preload", ())))
-    job = Job(program=program, data=data, options=options, size=size, state=state)
+    job = Job(program=program, data=data, options=options, size=size, state=state, trains=False)
     found: dict[str, Any] = engine.gang(partial(_evaluate, job=job), workers, setup=setup)[0]
     return found
-
-
-class _Watch:
-    """The caller's ear: what the workers tell, and what that means for a new start."""
-
-    def __init__(
-        self,
-        job: Job,
-        hang_timeout_s: float | str | None,
-        on_event: Callable[[int, Any], None] | None,
-    ) -> None:
-        self._job, self._limit, self._on_event = job, hang_timeout_s, on_event
-        self._path: str | None = None
-        self._had: EpochPart | None = None
-        self._rows: list[dict[str, Any]] = []
-        self._last: dict[int, float] = {}
-        self._longest = 0.0
-        #: Records of the epochs that are not trained again.
-        self.earlier: list[dict[str, Any]] = []
-
-    @property
-    def place(self) -> str:
-        """Where a new start would go on, in words."""
-        return self._path or "where this call began"
-
-    def heard(self, rank: int, event: Any) -> None:
-        now = time.monotonic()
-        if event[0] == "step":
-            if rank in self._last:
-                self._longest = max(self._longest, now - self._last[rank])
-            self._last[rank] = now
-        elif event[0] == "epoch":
-            self._rows.append(event[1])
-        elif event[0] == "checkpoint":
-            _, self._path, self._had = event
-        if self._on_event is not None:
-            self._on_event(rank, event)
-
-    def silence_s(self) -> float:
-        """How long a worker may tell nothing."""
-        if isinstance(self._limit, (int, float)):
-            return float(self._limit)
-        return max(_LEAST_S, _TIMES * self._longest) if self._last else _FIRST_S
-
-    def again(self, job: Job) -> Job:
-        """The rest of the job, from the last checkpoint of this call or from its start."""
-        rows, self._rows = self._rows, []
-        self._last.clear()
-        if self._path is None:
-            return replace(self._job, run=job.run)
-        saved = checkpoint.read(self._path, job.program.codec)
-        done = saved.cursor.epoch - self._job.start.epoch
-        self.earlier = [
-            row for row in (*self.earlier, *rows) if row["epoch"] <= saved.cursor.epoch
-        ]
-        steps = job.options.max_steps
-        if self._job.options.max_steps is not None:
-            used = saved.cursor.step - self._job.start.step
-            steps = self._job.options.max_steps - used
-        return replace(
-            job,
-            state=saved.state,
-            start=saved.cursor,
-            epochs=self._job.epochs - done,
-            had=self._had if saved.cursor.row else None,
-            options=replace(job.options, max_steps=steps),
-        )
 
 
 # --- in a worker --------------------------------------------------------------------------------
 
 
 def _train(ctx: WorkerContext, job: Job) -> Fitted | None:
-    with _replica(ctx, job) as replica, contextlib.ExitStack() as stack:
+    with replica_in_gang(ctx, job) as replica, contextlib.ExitStack() as stack:
         reader = stack.enter_context(contextlib.closing(job.data.open(ctx.rank, ctx.world)))
         against = None
         if job.validation is not None:
@@ -265,7 +187,9 @@ def _train(ctx: WorkerContext, job: Job) -> Fitted | None:
         hooks = _Hooks(ctx, job, reader, against)
         hooks.begin(replica)
         rows: list[dict[str, Any]] = []
-        if job.epochs and job.options.max_steps != 0:
+        # without steps left there may still be an epoch to end that has had its rows
+        is_over = job.options.max_steps == 0 or job.is_stopped
+        if job.epochs and (not is_over or job.start.row):
             rows = replica.train(job.epochs, job.start, hooks)
         hooks.end(replica)
         state = replica.state()
@@ -277,7 +201,7 @@ def _train(ctx: WorkerContext, job: Job) -> Fitted | None:
 
 def _evaluate(ctx: WorkerContext, job: Job) -> dict[str, Any]:
     with (
-        _replica(ctx, job) as replica,
+        replica_in_gang(ctx, job) as replica,
         contextlib.closing(job.data.open(ctx.rank, ctx.world)) as reader,
     ):
         found: dict[str, Any] = replica.evaluate(reader.batches(job.size))
@@ -285,10 +209,12 @@ def _evaluate(ctx: WorkerContext, job: Job) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def _replica(ctx: WorkerContext, job: Job) -> Any:
+def replica_in_gang(ctx: WorkerContext, job: Job) -> Any:
     """This worker's replica, connected to the others'."""
     with ctx.connect() as collective:
-        place = ReplicaContext(collective=collective, options=job.options, seed=job.streams_seed)
+        place = ReplicaContext(
+            collective=collective, options=job.options, seed=job.streams_seed, trains=job.trains
+        )
         replica = job.program.build(place)
         if job.state is not None:
             replica.load(job.state)
@@ -304,10 +230,9 @@ class _Hooks(Hooks):
         self._ctx, self._job, self._reader, self._against = ctx, job, reader, against
         self._is_first = ctx.rank == 0
         self._savers = [one for one in job.callbacks if isinstance(one, ModelCheckpoint)]
-        self._seen = TrainingState(world=ctx.world, step=job.start.step)
+        self._seen = TrainingState(world=ctx.world, step=job.start.step, is_stopped=job.is_stopped)
         self._told = 0.0
         self._validated: dict[str, float] = {}
-        self._part = EpochPart()
         self._had = job.had
         self.cursor = job.start
 
@@ -327,6 +252,10 @@ class _Hooks(Hooks):
             self._job.size, epoch=cursor.epoch, seed=self._job.seed, start=cursor.row
         )
 
+    def had(self) -> Any:
+        had, self._had = self._had, None
+        return had
+
     def validate(self, replica: Replica, cursor: Cursor) -> Mapping[str, float]:
         if self._against is None or cursor.epoch % self._job.validate_every:
             return self._validated
@@ -339,13 +268,11 @@ class _Hooks(Hooks):
 
     def on_epoch_start(self, replica: Replica, cursor: Cursor) -> None:
         self._validated = {}
-        self._part = self._had or EpochPart()
         self._seen.epoch, self._seen.row = cursor.epoch + 1, {}
         self._call("on_epoch_start")
 
     def on_step_end(self, replica: Replica, step: StepEnd) -> None:
         self.cursor = step.cursor
-        self._part = self._part.with_step(step)
         self._seen.step = step.cursor.step
         self._call("on_step_end")
         every = self._job.validate_every_steps
@@ -358,9 +285,6 @@ class _Hooks(Hooks):
     def on_epoch_end(self, replica: Replica, cursor: Cursor, row: dict[str, Any]) -> None:
         is_whole = cursor.epoch > self.cursor.epoch
         self.cursor = cursor
-        had, self._had = self._had, None
-        if had is not None:
-            had.before(row)
         if self._is_first:
             self._seen.row = row
             self._call("on_epoch_end")
@@ -378,7 +302,11 @@ class _Hooks(Hooks):
     def _validate(self, replica: Replica) -> dict[str, float]:
         assert self._against is not None
         found = replica.evaluate(self._telling(self._against.batches(self._job.size)))
-        self._validated = {f"val_{key}": value for key, value in found.items() if key != "rows"}
+        self._validated = {
+            key if key.startswith("val_") else f"val_{key}": value
+            for key, value in found.items()
+            if key != "rows"
+        }
         self._seen.row = {**self._seen.row, **self._validated}
         self._call("on_validation_end")
         return self._validated
@@ -406,6 +334,7 @@ class _Hooks(Hooks):
         if not due:
             return
         state = replica.state()
+        part = replica.part() if self._job.restarts and cursor.row else None
         if not self._is_first:
             return
         saved = checkpoint.Checkpoint(state=state, cursor=cursor, seed=self._job.seed)
@@ -413,6 +342,25 @@ class _Hooks(Hooks):
             path = f"{one.directory.rstrip('/')}/{checkpoint.new_name(self._job.run, cursor)}"
             checkpoint.write(path, saved, self._job.program.codec)
             one.paths = [*(old for old in one.paths if old != path), path]
-            while one.keep_last is not None and len(one.paths) > one.keep_last:
-                checkpoint.remove(one.paths.pop(0))
-            self._ctx.emit(("checkpoint", path, self._part))
+            spare = [] if one.keep_last is None else one.paths[: -one.keep_last]
+            one.paths = one.paths[len(spare) :]
+            # told before the old ones go: who starts again looks for the last that was told of
+            self._ctx.emit(("checkpoint", path, part, self._kept()))
+            for old in spare:
+                checkpoint.remove(old)
+
+    def _kept(self) -> CallbackStates | None:
+        """The callbacks as they are now, where a new start may need them so."""
+        if not self._job.restarts:
+            return None
+        attributes = [_picklable(vars(one)) for one in self._job.callbacks]
+        return CallbackStates(attributes=attributes, is_stopped=self._seen.is_stopped)
+
+
+def _picklable(attributes: dict[str, Any]) -> dict[str, bytes]:
+    """Those that can travel: an open file or a connection is made anew by ``on_fit_start``."""
+    found = {}
+    for name, value in attributes.items():
+        with contextlib.suppress(Exception):  # objects of the user's refuse in any way
+            found[name] = dumps(value)
+    return found

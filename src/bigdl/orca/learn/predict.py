@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from bigdl._base.trees import Tree
     from bigdl.orca.data.contract import Sharded
-    from bigdl.orca.engines.base import Engine
+    from bigdl.orca.engines.base import Engine, Ref
     from bigdl.orca.learn.program import Program, Replica, State
 
 __all__ = ["predict"]
@@ -37,6 +37,7 @@ def predict(
     names: str | Sequence[str] = "prediction",
     options: Options | None = None,
     state: State | None = None,
+    workers: int | None = None,
 ) -> Any:
     """The caller's kind of data with the model's outputs, rows aligned with the input.
 
@@ -46,42 +47,55 @@ def predict(
         data: What is predicted for.
         size: Most rows in a call of the model.
         names: Of the column, or columns, that tables get.
-        options: Precision is looked at.
+        options: Precision and accelerator are looked at.
         state: Of the replicas; None = as the program has it.
+        workers: Pieces of work that run at the same time; None = as many as there are slots.
     """
-    model = _Model(program=program, state=state, options=options or Options())
+    many = min(workers or engine.slots(), engine.slots())
+    recipe = _Recipe(program=program, state=state, options=options or Options())
+    # kept by the engine, so that weights travel once to a worker and not with each piece
+    model = _Model(engine.scatter([recipe])[0])
 
     def run(fn: Callable[[Any], Any], shares: Iterable[Any]) -> Iterator[Any]:
-        refs = engine.map(fn, engine.scatter(list(shares)))
+        pieces = engine.scatter(list(shares))
+        refs = engine.map(fn, pieces if workers is None else pieces[:many])
+        pieces = pieces[len(refs) :]
         while refs:
             yield refs.pop(0).get()  # what has been read is let go
+            if pieces:
+                refs += engine.map(fn, [pieces.pop(0)])
 
     return data.map_batches(
-        model,
-        OutputSchema(names=names),
-        size=size,
-        shares=_SHARES_A_SLOT * engine.slots(),
-        run=run,
+        model, OutputSchema(names=names), size=size, shares=_SHARES_A_SLOT * many, run=run
     )
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Model:
-    """From features to outputs, in any process."""
-
+class _Recipe:
     program: Program
     state: State | None
     options: Options
+
+    def build(self) -> Replica:
+        place = ReplicaContext(collective=Alone(), options=self.options, trains=False)
+        replica = self.program.build(place)
+        if self.state is not None:
+            replica.load(self.state)
+        return replica
+
+
+@dataclass(frozen=True)
+class _Model:
+    """From features to outputs, in any process."""
+
+    recipe: Ref
     name: str = field(default_factory=lambda: secrets.token_hex(8))
 
     def __call__(self, features: Tree) -> Tree:
         replica = _built.get(self.name)
         if replica is None:
             _built.clear()  # one at a time: they may be large
-            replica = self.program.build(ReplicaContext(collective=Alone(), options=self.options))
-            if self.state is not None:
-                replica.load(self.state)
-            _built[self.name] = replica
+            replica = _built[self.name] = self.recipe.get().build()
         return replica.predict(features)
 
 

@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias, get_args, runtime_checkable
 
 from bigdl._base.errors import ConfigError
+from bigdl._base.registry import nearest
+from bigdl.nano.accelerators import ACCELERATORS
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -65,7 +67,9 @@ class Options:
         precision: "bf16" is autocast over weights that stay as they are.
         sync: Whether each worker has the whole optimizer, or its slice of it.
         compress: "bf16" rounds gradients where they travel between hosts.
-        max_steps: Updates after which ``train`` returns; None = as the epochs have.
+        max_steps: Updates after which ``train`` returns; None = as the epochs have; 0 = only what
+            follows the last one, such as the record of its epoch.
+        accelerator: Of Nano's, through which the model predicts; None = the framework itself.
 
     Raises:
         ConfigError: A value is not allowed; the text names all that are not.
@@ -78,13 +82,14 @@ class Options:
     sync: Sync = "allreduce"
     compress: Compress = None
     max_steps: int | None = None
+    accelerator: str | None = None
 
     def __post_init__(self) -> None:
         wrong = []
         if self.accumulation_steps < 1:
             wrong.append(f"accumulation_steps={self.accumulation_steps} (need >= 1)")
-        if self.max_steps is not None and self.max_steps < 1:
-            wrong.append(f"max_steps={self.max_steps} (need >= 1, or None)")
+        if self.max_steps is not None and self.max_steps < 0:
+            wrong.append(f"max_steps={self.max_steps} (need >= 0, or None)")
         if self.precision not in get_args(Precision):
             wrong.append(f'precision={self.precision!r} (need "fp32" or "bf16")')
         for name in ("clip_norm", "clip_value"):
@@ -95,8 +100,11 @@ class Options:
             wrong.append(f'sync={self.sync!r} (need "allreduce" or "sharded")')
         if self.compress not in (None, "bf16"):
             wrong.append(f'compress={self.compress!r} (need None or "bf16")')
+        if self.accelerator is not None and self.accelerator not in ACCELERATORS:
+            wrong.append(f"accelerator={self.accelerator!r} (have {', '.join(ACCELERATORS)})")
         if wrong:
-            raise ConfigError("Training cannot be done so: " + ", ".join(wrong) + ".")
+            near = nearest(str(self.accelerator), list(ACCELERATORS)) if self.accelerator else ""
+            raise ConfigError("This cannot be done so: " + ", ".join(wrong) + f".{near}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,11 +115,13 @@ class ReplicaContext:
         collective: The connection to the other workers.
         options: How to train.
         seed: Of the random streams: of weights (the same on all workers), and of each rank.
+        trains: Whether ``train`` will be called; without, nothing that only it needs is made.
     """
 
     collective: Collective
     options: Options = field(default_factory=Options)
     seed: int = 0
+    trains: bool = True
 
     @property
     def rank(self) -> int:
@@ -147,6 +157,10 @@ class Hooks:
         """This rank's parts of the global batches of an epoch, from the cursor on."""
         return ()
 
+    def had(self) -> Any:
+        """What ``Replica.part`` gave of the first epoch, if it goes on with; None = nothing."""
+        return None
+
     def on_epoch_start(self, replica: Replica, cursor: Cursor) -> None:
         """An epoch, or the rest of one, begins."""
 
@@ -167,7 +181,14 @@ class Hooks:
 
 @runtime_checkable
 class Replica(Protocol):
-    """A worker's model. All workers make the same calls, but for ``predict``."""
+    """A worker's model. All workers make the same calls, but for ``predict``.
+
+    Attributes:
+        gradient_bytes: What several workers sum in a step.
+    """
+
+    @property
+    def gradient_bytes(self) -> int: ...
 
     def train(self, epochs: int, start: Cursor, hooks: Hooks) -> list[dict[str, Any]]:
         """Train for ``epochs`` epochs; the rest of a broken one counts as one.
@@ -190,6 +211,14 @@ class Replica(Protocol):
 
     def state(self) -> State:
         """All that a checkpoint of this moment needs; the same on all workers."""
+
+    def part(self) -> Any:
+        """What the record of the present epoch is made of so far, metrics too; picklable.
+
+        The same on all workers, which all call it. An epoch that is broken off here, and gone on
+        with by any number of workers that have it from ``Hooks.had``, ends with a record of all
+        its rows.
+        """
 
     def load(self, state: State) -> None:
         """Go on from a ``state``, of any number of workers.
@@ -214,6 +243,21 @@ class Program(Protocol):
 
     @property
     def codec(self) -> Codec: ...
+
+    def check_training(self) -> None:
+        """Refuse, in the caller's process, what ``Replica.train`` would refuse.
+
+        Raises:
+            NotReadyError: There is no optimizer or no loss.
+            ConfigError: It trains in a way that workers cannot do together.
+        """
+
+    def check_accelerator(self) -> None:
+        """Refuse, in the caller's process, a model that no accelerator can stand for.
+
+        Raises:
+            ConfigError: Its predictions are made by more than its one call.
+        """
 
     def build(self, ctx: ReplicaContext) -> Replica:
         """Make this worker's replica; all workers do it at the same time.

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
     from bigdl.nano.accelerators.base import Config
     from bigdl.nano.pytorch.export.binding import Sample
+    from bigdl.nano.pytorch.inference.multi_instance import MultiInstance
 
 __all__ = ["InferenceOptimizer"]
 
@@ -203,6 +204,36 @@ class InferenceOptimizer:
         for model in models:
             _check_model(model, accelerated=True)
         return InferenceContext(models)
+
+    @staticmethod
+    @answers(old_names.MULTI_INSTANCE)
+    def to_multi_instance(
+        model: nn.Module,
+        num_processes: int = 2,
+        cores_per_process: int | None = None,
+        cpu_for_each_process: Sequence[Sequence[int]] | None = None,
+    ) -> MultiInstance:
+        """Copies of a model in worker processes, each on cores of its own.
+
+        The result is called with a list of batches, or a loader, and gives the list of their
+        outputs, in order. Weights of plain, bf16 and channels_last models lie in memory once.
+
+        Args:
+            model: Any module, or an accelerated one. Copies have eval semantics.
+            num_processes: How many copies.
+            cores_per_process: Cores for each, with as many threads; None is an equal part of all.
+            cpu_for_each_process: The very cores of each, instead: ``[[0, 1], [2, 3]]``.
+
+        Raises:
+            ArgumentError: Something of the wrong type, or a model that cannot be sent.
+            ConfigError: There are too few cores, or a core is not usable here.
+        """
+        from bigdl.nano.pytorch.inference.multi_instance import MultiInstance
+
+        _check_model(model, accelerated=True)
+        if in_onnx_mode(model):
+            raise ConfigError("This model is in ONNX mode: call model.exit_onnx() first.")
+        return MultiInstance(model, num_processes, cores_per_process, cpu_for_each_process)
 
     # --- all ways ---
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import logging
 import os
 import shutil
-import sys
 import tempfile
 import time
 import weakref
@@ -18,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bigdl._base.errors import ConfigError, TimeLimitError, WorkerError, WorkerLostError
+from bigdl._base.live import LiveLine
 from bigdl._base.workers import Workers, dumps
 from bigdl.nano.pytorch.inference.batches import as_batches, kept_randomness
 from bigdl.nano.pytorch.inference.methods import METHODS
@@ -247,13 +247,11 @@ class _Progress:
 
     def __init__(self, count: int) -> None:
         self._count, self._done = count, 0
-        self._stream = sys.stderr
-        self._live = bool(self._stream is not None and self._stream.isatty())
+        self._line = LiveLine()
         self._since = time.monotonic()
 
     def stage(self, name: str, stage: str) -> None:
-        if self._live:
-            self._write(f"\r\x1b[K[{self._done + 1}/{self._count}] {name}: {stage} …")
+        self._line.show(f"[{self._done + 1}/{self._count}] {name}: {stage} …")
 
     def row(self, row: Row) -> None:
         self._done += 1
@@ -264,20 +262,7 @@ class _Progress:
             if row.latency_ms is not None and row.speedup is not None
             else f"{row.status}: {row.reason[:60]}"
         )
-        clear = "\r\x1b[K" if self._live else ""
-        self._write(
-            f"{clear}[{self._done}/{self._count}] {row.name:<24} {numbers} ({took:.0f} s)\n"
-        )
+        self._line.keep(f"[{self._done}/{self._count}] {row.name:<24} {numbers} ({took:.0f} s)")
 
     def end(self) -> None:
-        if self._live:
-            self._write("\r\x1b[K")
-
-    def _write(self, text: str) -> None:
-        if self._stream is None:
-            return
-        try:
-            self._stream.write(text)
-            self._stream.flush()
-        except (OSError, ValueError):  # closed by its reader; progress is not worth an error
-            self._stream = None
+        self._line.close()

@@ -13,6 +13,7 @@ import os
 import shutil
 import tempfile
 import zipfile
+from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, cast
@@ -199,13 +200,14 @@ def _pack(folder: Path, file: IO[bytes]) -> None:
 # --- reading ----------------------------------------------------------------------------------
 
 
-def load(path: Target, model: nn.Module | None = None) -> nn.Module:
+def load(path: Target, model: nn.Module | None = None, *, threads: int | None = None) -> nn.Module:
     """Read what ``save`` wrote.
 
     Args:
         path: The folder, or a binary file open for reading.
         model: For forms that run the user's code (eager, bf16, compile, a plain module): a module
             of the same class. It gives the code; it is not changed.
+        threads: Cores a call may use; None is as many as when it was made.
 
     Returns:
         An accelerated model; for a plain module, a copy of ``model`` with the stored weights.
@@ -220,14 +222,14 @@ def load(path: Target, model: nn.Module | None = None) -> nn.Module:
     if hasattr(path, "read"):
         with tempfile.TemporaryDirectory(prefix="bigdl-") as name:
             _unpack(cast("IO[bytes]", path), Path(name))
-            return _load(Path(name), model)
+            return _load(Path(name), model, threads)
     folder = Path(path)
     if not folder.exists():
         raise FileNotFoundError(f"No saved model: {folder} does not exist.")
     if folder.is_file():
         with folder.open("rb") as file:
-            return load(file, model)
-    return _load(folder, model)
+            return load(file, model, threads=threads)
+    return _load(folder, model, threads)
 
 
 def _unpack(file: IO[bytes], folder: Path) -> None:
@@ -255,7 +257,7 @@ def _parsed(text: bytes) -> dict[str, Any]:
     return metadata
 
 
-def _load(folder: Path, model: nn.Module | None) -> nn.Module:
+def _load(folder: Path, model: nn.Module | None, threads: int | None) -> nn.Module:
     metadata = _checked(folder)
     name = metadata["accelerator"]
     needs_model = name in (_PLAIN, *_NEEDS_MODEL)
@@ -273,6 +275,7 @@ def _load(folder: Path, model: nn.Module | None) -> nn.Module:
         raise StoredModelError(f"{_METADATA} names the accelerator {name!r}, which is not known.")
     runtime = ACCELERATORS.get(name)()
     spec = _spec(metadata, runtime.options)
+    spec = spec if threads is None else replace(spec, threads=threads)
     interface = Interface.from_json(metadata["forward"], spec.inputs, spec.outputs)
     reason = runtime.refuse(spec)
     if reason is not None:

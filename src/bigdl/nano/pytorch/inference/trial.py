@@ -11,6 +11,7 @@ import itertools
 import pickle
 import random
 import sys
+import warnings
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -92,7 +93,9 @@ class Shipped:
         buffer = io.BytesIO(self.content)
         module: torch.nn.Module
         if self.kind == "script":
-            module = torch.jit.load(buffer)  # type: ignore[no-untyped-call]
+            with warnings.catch_warnings():  # that TorchScript has no future is not our news
+                warnings.simplefilter("ignore", FutureWarning)
+                module = torch.jit.load(buffer)  # type: ignore[no-untyped-call]
         else:
             module = torch.export.load(buffer).module()
         return module

@@ -20,8 +20,10 @@ if TYPE_CHECKING:
 __all__ = ["TrialOnRun"]
 
 #: Steps of a block take about so long; its first one is not timed.
-_BLOCK_S = 0.25
+_BLOCK_S = 0.1
 _TURNS, _TURNS_OF_LONG_STEPS = 8, 3
+#: After so many turns what is slower beyond doubt is not asked again.
+_TURNS_OF_HOPELESS = 3
 #: Steps at the start of an epoch that are watched more closely, and are slower.
 _SETTLING = 4
 
@@ -90,13 +92,22 @@ class TrialOnRun:
             # one validation in between does not move a median
             self._blocks.append(statistics.median(self._seconds[1:]))
             self._seconds = []
-            if len(self._blocks) == 2 * self._turns_wanted:
-                pairs = zip(self._blocks[::2], self._blocks[1::2], strict=True)
-                self.timing = timing_of(list(pairs))
+            self.timing = self._timed()
+            if self.timing is not None:
                 return True
             self._switch()
         self._last = time.perf_counter()
         return False
+
+    def _timed(self) -> Timing | None:
+        """What the turns say, once there are enough of them."""
+        if len(self._blocks) % 2 or len(self._blocks) < 2 * _TURNS_OF_HOPELESS:
+            return None
+        pairs = list(zip(self._blocks[::2], self._blocks[1::2], strict=True))
+        is_hopeless = all(off < on for off, on in pairs)
+        if len(pairs) < self._turns_wanted and not is_hopeless:
+            return None
+        return timing_of(pairs)
 
     def _switch(self) -> None:
         if self.applied is None:

@@ -17,6 +17,7 @@ import torch
 
 from bigdl._base.errors import ArgumentError, ConfigError
 from bigdl._base.registry import nearest
+from bigdl._base.tables import aligned
 from bigdl.nano.pytorch.plan.candidates import NAMES, Applied, Candidate, Scene, candidate
 
 if TYPE_CHECKING:
@@ -177,15 +178,7 @@ class Plan:
             return "No plan: acceleration is off."
         heads = ("name", "status", "step ms", "speedup", "loss move", "cosine", "reason")
         lines = [heads, *map(_cells, self.rows)]
-        widths = [max(len(line[column]) for line in lines) for column in range(len(heads))]
-        numbers = range(2, 6)
-        return "\n".join(
-            "  ".join(
-                cell.rjust(width) if column in numbers else cell.ljust(width)
-                for column, (cell, width) in enumerate(zip(line, widths, strict=True))
-            ).rstrip()
-            for line in lines
-        )
+        return "\n".join(aligned(lines, right=range(2, 6)))
 
     def explain(self) -> str:
         """Sentences: what is in force, what it brought, and why the rest is not."""

@@ -28,6 +28,7 @@ ADAPTERS: Registry[Callable[[Any, Request], Sharded]] = Registry(
         "parquet": "bigdl.orca.data.adapters.parquet:adapt_files",
         "dataloader": "bigdl.orca.data.adapters.dataloader:adapt_loader",
         "dataset": "bigdl.orca.data.adapters.dataloader:adapt_dataset",
+        "shards": "bigdl.orca.data.adapters.shards:adapt_shards",
         "creator": "bigdl.orca.data.adapters.creator:adapt_creator",
     },
 )
@@ -38,6 +39,7 @@ _CLASSES: dict[str, tuple[tuple[str, str], ...]] = {
     "dataset": (("torch.utils.data", "Dataset"),),
     "pandas": (("pandas", "DataFrame"),),
     "arrow": (("pyarrow", "Table"), ("pyarrow", "RecordBatch")),
+    "shards": (("bigdl.orca.data.xshards", "XShards"),),
     "arrays": (("numpy", "ndarray"), ("torch", "Tensor")),
 }
 
@@ -65,8 +67,8 @@ def adapt(data: Any, request: Request | None = None) -> Sharded:
     """The rows of ``data`` as workers read them.
 
     Args:
-        data: Arrays or nests of them, a table, Parquet files, a loader, a dataset, a function
-            that makes one of the latter two, or what is a ``Sharded`` already.
+        data: Arrays or nests of them, a table, Parquet files, shards, a loader, a dataset, a
+            function that makes one of the latter two, or what is a ``Sharded`` already.
         request: What the call says about the data; None for ``fit`` without any argument.
 
     Raises:
@@ -82,8 +84,9 @@ def adapt(data: Any, request: Request | None = None) -> Sharded:
     if kind is None:
         raise ArgumentError(
             f"{request.call}() cannot read a {type(data).__name__}. Give arrays as (features, "
-            "labels), a pandas DataFrame, a pyarrow Table, a path of Parquet files, a DataLoader, "
-            "a Dataset, or a function (config, batch_size) that makes one of these two."
+            "labels), a pandas DataFrame, a pyarrow Table, a path of Parquet files, XShards, a "
+            "DataLoader, a Dataset, or a function (config, batch_size) that makes one of these "
+            "two."
         )
     if kind == "parquet":
         need("pyarrow", extra="spark", purpose="Reading Parquet files")

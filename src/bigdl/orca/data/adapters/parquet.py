@@ -1,14 +1,12 @@
 """Parquet files on any fsspec path, read by row groups: never more than a window of them.
 
-A block is a row group. Shuffled, blocks are put in order, some of them are read together, and
-the rows of that window are put in order. Where windows end follows from the files alone, so the
-order is the same on every machine.
+A block is a row group; ``windows.py`` says in which order they are met.
 """
 
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import fsspec
@@ -18,13 +16,12 @@ import pyarrow.dataset as pads
 from pyarrow.fs import FSSpecHandler, PyFileSystem
 
 from bigdl._base.errors import DataError
-from bigdl._base.trees import concat
 from bigdl.orca.data.adapters.arrow_values import array_column, arrays_of, described
 from bigdl.orca.data.columns import Columns, Nulls
-from bigdl.orca.data.contract import DEFAULT_BATCH_SIZE, Batch, OutputSchema, Schema, part
+from bigdl.orca.data.contract import DEFAULT_BATCH_SIZE, OutputSchema, Schema
 from bigdl.orca.data.memory import Shaping, batch_of, each_batch
-from bigdl.orca.data.order import Order, Permutation, check_start
 from bigdl.orca.data.outputs import check_names, named_outputs
+from bigdl.orca.data.windows import WINDOW_BYTES, WindowReader, runs
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -33,9 +30,6 @@ if TYPE_CHECKING:
     from bigdl.orca.data.contract import Request, Run
 
 __all__ = ["Files", "adapt_files"]
-
-#: Bytes of blocks, as the files hold them before compression, that are shuffled together.
-WINDOW_BYTES = 128 << 20
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,8 +60,20 @@ class Files:
     def rows(self) -> int:
         return int(self.blocks[:, 2].sum())
 
-    def open(self, rank: int, world: int) -> FilesReader:
-        return FilesReader(self, rank, world)
+    def open(self, rank: int, world: int) -> WindowReader:
+        return WindowReader(
+            rank,
+            world,
+            blocks=self.blocks,
+            window_bytes=self.window_bytes,
+            shaping=self.shaping,
+            read=self._rows_of,
+        )
+
+    def _rows_of(self, blocks: np.ndarray) -> Tree:
+        table = self.table(blocks, self.columns.names)
+        nulls = Nulls(table.num_rows, _where(self))
+        return self.columns.nest(arrays_of(table, self.columns, nulls))
 
     def table(self, blocks: np.ndarray, columns: list[str] | None) -> pa.Table:
         """Blocks in the order given, as one table; None for all columns."""
@@ -102,7 +108,7 @@ class Files:
         schema = OutputSchema() if schema is None else schema
         check_names(schema, self.names)
         work = _BlockMapping(self, fn, schema, size)
-        tables = iter(run(work, _runs(self.blocks, self.window_bytes // 8)))
+        tables = iter(run(work, runs(self.blocks, self.window_bytes // 8)))
         first = next(tables)
 
         def batches() -> Iterator[pa.RecordBatch]:
@@ -136,96 +142,6 @@ class _BlockMapping:
             values = np.concatenate([one[name] for one in outputs])
             table = table.append_column(name, array_column(values))
         return table
-
-
-@dataclass
-class FilesReader:
-    """One rank's rows, out of one window of blocks at a time."""
-
-    source: Files
-    rank: int
-    world: int
-    _held: tuple[Any, Tree] | None = field(default=None, repr=False)
-
-    def batches(
-        self, size: int, *, epoch: int = 0, seed: int | None = None, start: int = 0
-    ) -> Iterator[Batch]:
-        source = self.source
-        check_start(start, source.rows)
-        windows = _Windows(source.blocks, source.window_bytes, seed, epoch)
-        for first in range(start, source.rows, size):
-            total = min(size, source.rows - first)
-            here, there = part(total, self.rank, self.world)
-            if here == there:
-                yield Batch(None, 0, total)
-                continue
-            pieces = [
-                batch_of(self._window(windows, number), which)
-                for number, which in windows.pieces(first + here, first + there)
-            ]
-            data = pieces[0] if len(pieces) == 1 else concat(pieces)
-            yield Batch(source.shaping(data, there - here), there - here, total)
-        self.close()
-
-    def _window(self, windows: _Windows, number: int) -> Tree:
-        """The rows of a window, in the order of its blocks in the files."""
-        blocks = windows.blocks_of(number)
-        key = blocks.tobytes()
-        if self._held is None or self._held[0] != key:
-            self._held = None  # before the next is read
-            source = self.source
-            table = source.table(blocks, source.columns.names)
-            nulls = Nulls(table.num_rows, _where(source))
-            self._held = key, source.columns.nest(arrays_of(table, source.columns, nulls))
-        return self._held[1]
-
-    def close(self) -> None:
-        """Let go of the rows that are held."""
-        self._held = None
-
-
-class _Windows:
-    """Where the rows of an epoch are: blocks in order, cut into windows of some bytes."""
-
-    def __init__(
-        self, blocks: np.ndarray, window_bytes: int, seed: int | None, epoch: int
-    ) -> None:
-        self._seed, self._epoch = seed, epoch
-        self._entered: tuple[int, Order] | None = None
-        if seed is not None:
-            blocks = blocks[Permutation(len(blocks), seed, epoch)[:]]
-        self._blocks = _runs(blocks, window_bytes)
-        #: First place of each window, and the number of rows.
-        self._places = np.cumsum([0, *(int(one[:, 2].sum()) for one in self._blocks)])
-
-    def blocks_of(self, number: int) -> np.ndarray:
-        """The window's blocks as they are read: by file and place."""
-        blocks = self._blocks[number]
-        return blocks[np.lexsort((blocks[:, 1], blocks[:, 0]))]
-
-    def pieces(self, start: int, stop: int) -> Iterator[tuple[int, slice | np.ndarray]]:
-        """Places of the epoch as windows, with the rows of each."""
-        number = int(np.searchsorted(self._places, start, side="right")) - 1
-        while start < stop:
-            first, end = int(self._places[number]), int(self._places[number + 1])
-            last = min(stop, end)
-            if self._entered is None or self._entered[0] != number:
-                order = Order(end - first, self._seed, self._epoch, number)
-                self._entered = number, order
-            yield number, self._entered[1][start - first : last - first]
-            start, number = last, number + 1
-
-
-def _runs(blocks: np.ndarray, most_bytes: int) -> list[np.ndarray]:
-    """Neighbouring blocks together, at most so many bytes or one block; at least one run."""
-    blocks = blocks[blocks[:, 2] > 0]
-    bounds, held = [0], 0
-    for i, size in enumerate(blocks[:, 3].tolist()):
-        if held and held + size > most_bytes:
-            bounds.append(i)
-            held = 0
-        held += size
-    return [blocks[i:j] for i, j in zip(bounds, [*bounds[1:], len(blocks)], strict=True)]
 
 
 def adapt_files(data: Any, request: Request) -> Files:

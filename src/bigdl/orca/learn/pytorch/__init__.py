@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from bigdl._base import optional as _optional
+
+if TYPE_CHECKING:
+    from bigdl.orca.learn.pytorch.estimator import Estimator
 
 __all__ = ["Estimator"]
 

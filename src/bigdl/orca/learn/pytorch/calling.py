@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import sys
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +17,16 @@ from bigdl._base.errors import DataError
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-__all__ = ["caller", "evaluating", "precision", "split", "to_arrays", "to_tensors"]
+__all__ = [
+    "arguments",
+    "caller",
+    "evaluating",
+    "positions",
+    "precision",
+    "split",
+    "to_arrays",
+    "to_tensors",
+]
 
 
 def to_tensors(data: trees.Tree) -> trees.Tree:
@@ -70,10 +80,11 @@ def split(data: trees.Tree) -> tuple[Any, Any]:
     )
 
 
-def caller(model: torch.nn.Module) -> Callable[[Any], Any]:
-    """Calls ``model`` with features: a tuple by position, a dict by keyword, else one input.
+def arguments(model: torch.nn.Module) -> Callable[[Any], tuple[tuple[Any, ...], dict[str, Any]]]:
+    """What ``model`` is called with for some features: by position, and by keyword.
 
-    A dict is one input if ``forward`` lacks any of its names.
+    A tuple goes by position, a dict by keyword, else there is one input. A dict is one input if
+    ``forward`` lacks any of its names.
     """
     parameters = inspect.signature(model.forward).parameters
     takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
@@ -83,14 +94,33 @@ def caller(model: torch.nn.Module) -> Callable[[Any], Any]:
         if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)
     }
 
-    def call(features: Any) -> Any:
+    def bind(features: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
         if isinstance(features, Mapping) and (takes_any or set(features) <= names):
-            return model(**features)
+            return (), dict(features)
         if isinstance(features, (tuple, list)):
-            return model(*features)
-        return model(features)
+            return tuple(features), {}
+        return (features,), {}
+
+    return bind
+
+
+def caller(model: torch.nn.Module) -> Callable[[Any], Any]:
+    """Calls ``model`` with features; see ``arguments``."""
+    bind = arguments(model)
+
+    def call(features: Any) -> Any:
+        positional, by_name = bind(features)
+        return model(*positional, **by_name)
 
     return call
+
+
+def positions(function: Callable[..., Any]) -> int:
+    """How many arguments it takes by position."""
+    parameters = inspect.signature(function).parameters.values()
+    if any(p.kind is p.VAR_POSITIONAL for p in parameters):
+        return sys.maxsize
+    return sum(p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD) for p in parameters)
 
 
 def precision(name: str) -> contextlib.AbstractContextManager[Any]:

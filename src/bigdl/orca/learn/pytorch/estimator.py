@@ -11,7 +11,8 @@ import fsspec
 
 from bigdl._base.errors import StoredModelError
 from bigdl.orca.learn import checkpoint
-from bigdl.orca.learn.estimator import BaseEstimator, known_config
+from bigdl.orca.learn.checks import known_config
+from bigdl.orca.learn.estimator import BaseEstimator
 from bigdl.orca.learn.pytorch.codec import TorchCodec
 from bigdl.orca.learn.pytorch.program import TorchProgram
 

@@ -11,7 +11,8 @@ import copy
 import pickle
 import sys
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, Protocol
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 import torch
 
@@ -24,7 +25,33 @@ if TYPE_CHECKING:
 
     from bigdl._base.collective import Collective
 
-__all__ = ["Tally", "read_metrics"]
+__all__ = [
+    "Metric",
+    "MetricState",
+    "Share",
+    "Tally",
+    "collections_in",
+    "metrics_in",
+    "part_groups",
+    "plain",
+    "put_together",
+    "read_metrics",
+    "state_of",
+]
+
+
+#: How often a metric of torchmetrics was updated, and its state by name.
+MetricState: TypeAlias = "tuple[int, dict[str, Any]]"
+
+
+@dataclass(frozen=True)
+class Share:
+    """What one worker has for a record: the sum of losses, what that is over, rows, metrics."""
+
+    loss: float
+    weight: float
+    rows: int
+    parts: list[Any]
 
 
 class Metric(Protocol):
@@ -134,40 +161,66 @@ class _State:
     def update(self, output: Any, labels: Any, rows: int) -> None:
         self._metric.update(output, labels)
 
-    def _all(self, metric: Any) -> list[Any]:
-        kind = sys.modules["torchmetrics"].Metric
-        return [module for module in metric.modules() if isinstance(module, kind)]
+    def parts(self) -> list[MetricState]:
+        if self._is_collection:
+            part_groups(self._metric)
+        return [state_of(metric) for metric in metrics_in(self._metric)]
 
-    def parts(self) -> list[tuple[int, dict[str, Any]]]:
-        if self._is_collection:  # members of one group share a state: each gets its own again
-            dict(self._metric.items(keep_base=True, copy_state=True))
-        return [
-            (metric._update_count, {name: getattr(metric, name) for name in metric._defaults})
-            for metric in self._all(self._metric)
-        ]
-
-    def value(self, parts: Sequence[list[tuple[int, dict[str, Any]]]]) -> dict[str, Any]:
+    def value(self, parts: Sequence[list[MetricState]]) -> dict[str, Any]:
         whole = copy.deepcopy(self._metric)
-        for number, metric in enumerate(self._all(whole)):
-            found = [part[number] for part in parts if part[number][0] > 0]
-            if not found:
-                continue
-            for name, reduction in metric._reductions.items():
-                states = [state[name] for _, state in found]
-                counts = [count for count, _ in found]
-                setattr(metric, name, _together(reduction, states, counts))
-            metric._update_count = sum(count for count, _ in found)
-            metric._computed = None
+        for number, metric in enumerate(metrics_in(whole)):
+            put_together(metric, [part[number] for part in parts])
         value = whole.compute()
         if isinstance(value, Mapping):
-            return {str(name): _plain(one) for name, one in value.items()}
-        return {self._key: _plain(value)}
+            return {str(name): plain(one) for name, one in value.items()}
+        return {self._key: plain(value)}
+
+
+# --- states of torchmetrics -------------------------------------------------------------------
+
+
+def metrics_in(module: Any) -> list[Any]:
+    """The metrics of torchmetrics among a module and those within it."""
+    loaded = sys.modules.get("torchmetrics")
+    if loaded is None:
+        return []
+    return [one for one in module.modules() if isinstance(one, loaded.Metric)]
+
+
+def collections_in(module: Any) -> list[Any]:
+    """The collections of torchmetrics among a module and those within it."""
+    loaded = sys.modules.get("torchmetrics")
+    if loaded is None:
+        return []
+    return [one for one in module.modules() if isinstance(one, loaded.MetricCollection)]
+
+
+def part_groups(collection: Any) -> None:
+    """Members of a collection's group share a state: give each its own again."""
+    dict(collection.items(keep_base=True, copy_state=True))
+
+
+def state_of(metric: Any) -> MetricState:
+    """How often a metric was updated, and its state: not copied."""
+    return metric._update_count, {name: getattr(metric, name) for name in metric._defaults}
+
+
+def put_together(metric: Any, parts: Sequence[MetricState]) -> None:
+    """Give a metric the state of all ``parts`` together; without updates it stays as it is."""
+    found = [part for part in parts if part[0] > 0]
+    if not found:
+        return
+    counts = [count for count, _ in found]
+    for name, reduction in metric._reductions.items():
+        setattr(metric, name, _together(reduction, [state[name] for _, state in found], counts))
+    metric._update_count = sum(counts)
+    metric._computed = None
 
 
 def _together(reduction: Any, states: list[Any], counts: list[int]) -> Any:
     """One state of all workers', as the metric says that its states are put together."""
     if len(states) == 1:
-        return states[0]
+        return list(states[0]) if isinstance(states[0], list) else states[0]
     if any(isinstance(state, list) for state in states):
         return [
             item for state in states for item in (state if isinstance(state, list) else [state])
@@ -183,7 +236,8 @@ def _together(reduction: Any, states: list[Any], counts: list[int]) -> Any:
     return reduction(torch.stack(states))
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
+    """A metric's value as a number, or a list of them."""
     if isinstance(value, torch.Tensor):
         return value.item() if value.numel() == 1 else value.tolist()
     return value
@@ -193,13 +247,17 @@ class Tally:
     """Loss, rows and metrics of some batches on this worker, and then those of all workers.
 
     Args:
-        metrics: From ``read_metrics``; they are not changed.
+        metrics: Of no rows yet; they are this tally's.
         averages: Whether losses are means. The loss of sums is given per row.
+        earlier: What a tally of the same batches had (``gather``) that was broken off.
     """
 
-    def __init__(self, metrics: Sequence[Metric], *, averages: bool) -> None:
-        self._metrics = [metric.fresh() for metric in metrics]
+    def __init__(
+        self, metrics: Sequence[Metric], *, averages: bool, earlier: Sequence[Share] = ()
+    ) -> None:
+        self.metrics = metrics
         self._averages = averages
+        self.earlier = earlier
         self._loss = 0.0
         self._weight = 0.0
         self._rows = 0
@@ -211,21 +269,33 @@ class Tally:
         self._rows += rows
 
     def measure(self, output: Any, labels: Any, rows: int) -> None:
-        for metric in self._metrics:
+        for metric in self.metrics:
             metric.update(output, labels, rows)
 
-    def merge(self, collective: Collective, *, has_loss: bool = True) -> dict[str, Any]:
-        """``loss``, ``rows`` and metrics of all workers; all of them call it."""
-        mine = (self._loss, self._weight, self._rows, [m.parts() for m in self._metrics])
+    def gather(self, collective: Collective) -> list[Share]:
+        """What all workers have so far, and what there was before; all of them call it."""
+        parts = [metric.parts() for metric in self.metrics]
+        mine = Share(self._loss, self._weight, self._rows, parts)
+        payloads = gather_bytes(collective, pickle.dumps(mine))
         # between workers of one gang, which trust each other
-        every = [pickle.loads(payload) for payload in gather_bytes(collective, pickle.dumps(mine))]
-        rows = sum(one[2] for one in every)
+        return [*self.earlier, *(pickle.loads(payload) for payload in payloads)]
+
+    def merge(self, collective: Collective, *, has_loss: bool | None = True) -> dict[str, Any]:
+        """``loss``, ``rows`` and metrics of all workers; all of them call it.
+
+        Args:
+            collective: Between the workers.
+            has_loss: Whether there is a loss; None = if any worker has added one.
+        """
+        every = self.gather(collective)
+        rows = sum(one.rows for one in every)
         row: dict[str, Any] = {}
-        if has_loss:
-            over = sum(one[1] for one in every) if self._averages else rows
-            row["loss"] = sum(one[0] for one in every) / over if over else float("nan")
+        over = sum(one.weight for one in every) if self._averages else rows
+        if has_loss or (has_loss is None and over):
+            row["loss"] = sum(one.loss for one in every) / over if over else float("nan")
         row["rows"] = rows
         if rows:
-            for number, metric in enumerate(self._metrics):
-                row.update(metric.value([one[3][number] for one in every]))
+            for number, metric in enumerate(self.metrics):
+                found = metric.value([one.parts[number] for one in every])
+                row.update((key, value) for key, value in found.items() if key not in row)
         return row

@@ -9,10 +9,18 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 
 from bigdl._base.calls import shown
-from bigdl._base.errors import ArgumentError, ConfigError
+from bigdl._base.errors import ArgumentError, ConfigError, NotReadyError
 from bigdl.nano.pytorch.processes.streams import Streams
+from bigdl.orca.learn.pytorch.lightning import (
+    LightningWork,
+    check_accelerator,
+    check_training,
+    is_lightning,
+    package_of,
+)
 from bigdl.orca.learn.pytorch.losses import LossReduction, read_loss
 from bigdl.orca.learn.pytorch.metrics import read_metrics
+from bigdl.orca.learn.pytorch.schedules import Schedule, is_scheduler
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -29,7 +37,8 @@ class TorchProgram:
     """A model and what trains it. Only training needs optimizer and loss.
 
     Args:
-        model: A module, or ``model(config)``.
+        model: A module, or ``model(config)``. A LightningModule with steps of its own brings
+            optimizer, loss, scheduler and metrics.
         optimizer: One over the model's parameters, or ``optimizer(model, config)``.
         loss: ``loss(output, labels)``; a module of ``torch.nn`` or a function.
         scheduler: One over the optimizer, or ``scheduler(optimizer, config)``.
@@ -62,8 +71,8 @@ class TorchProgram:
                     "The optimizer is an instance but the model a function, so it holds other "
                     "parameters. Give a function of (model, config) as the optimizer."
                 )
-            _check_optimizer(self.optimizer, self.model)
-        if self.scheduler is not None and not _is_scheduler(self.scheduler):
+            check_optimizer(self.optimizer, self.model)
+        if self.scheduler is not None and not is_scheduler(self.scheduler):
             if not callable(self.scheduler):
                 raise ArgumentError(
                     "scheduler has to be one of torch.optim.lr_scheduler or a function of "
@@ -78,11 +87,41 @@ class TorchProgram:
         if self.loss is not None:
             read_loss(self.loss, self.loss_reduction)
         read_metrics(self.metrics)
+        if is_lightning(self.model):
+            self._check_alone()
+
+    def _check_alone(self) -> None:
+        """A LightningModule comes without parts that are its own work."""
+        names = ("optimizer", "loss", "scheduler", "metrics")
+        given = [name for name in names if getattr(self, name) is not None]
+        if given:
+            raise ConfigError(
+                f"{', '.join(f'{name}=' for name in given)} beside a LightningModule, which "
+                "brings its own steps: configure_optimizers(), the losses that its steps return, "
+                "and what they self.log(). Give the module alone."
+            )
 
     @property
     def preload(self) -> tuple[str, ...]:
         """What a worker has loaded before the program arrives."""
-        return ("torch", "bigdl.orca.learn.pytorch.replica")
+        lightning = [package_of(self.model)] if is_lightning(self.model) else []
+        return ("torch", "bigdl.orca.learn.pytorch.replica", *lightning)
+
+    def check_training(self) -> None:
+        """Refuse here what training would refuse; see ``Program.check_training``."""
+        if is_lightning(self.model):
+            check_training(self.model)
+            return
+        lacking = [name for name in ("optimizer", "loss") if getattr(self, name) is None]
+        if lacking and isinstance(self.model, torch.nn.Module):
+            raise NotReadyError(
+                f"Training needs {' and '.join(lacking)}: give "
+                f"{' and '.join(f'{name}=' for name in lacking)} where the model is given."
+            )
+
+    def check_accelerator(self) -> None:
+        """Refuse a model that no accelerator can stand for."""
+        check_accelerator(self.model)
 
     @property
     def codec(self) -> Codec:
@@ -97,35 +136,60 @@ class TorchProgram:
         What creators make is made from the same random streams on every worker, and the
         weights are rank 0's.
         """
-        from bigdl.orca.learn.pytorch.replica import TorchReplica
-
-        config = dict(self.config)
         with Streams(ctx.seed).drawn():
             model = self.model
             if not isinstance(model, torch.nn.Module):
-                model = _made("model", model(config), torch.nn.Module)
-            optimizer = self.optimizer
-            if optimizer is not None and not isinstance(optimizer, torch.optim.Optimizer):
-                made = optimizer(model, config)
-                optimizer = _made("optimizer", made, torch.optim.Optimizer)
-                _check_optimizer(optimizer, model)
-            scheduler = self.scheduler
-            if scheduler is not None and not _is_scheduler(scheduler):
-                scheduler = scheduler(optimizer, config)
-                if not _is_scheduler(scheduler):
-                    raise ConfigError(f"The scheduler's function gave {shown(scheduler)}.")
-        replica = TorchReplica(
-            ctx=ctx,
-            model=model,
-            optimizer=optimizer,
-            loss=None if self.loss is None else read_loss(self.loss, self.loss_reduction),
-            scheduler=scheduler,
-            scheduler_interval=self.scheduler_interval,
-            metrics=read_metrics(self.metrics),
-        )
+                model = _made("model", model(dict(self.config)), torch.nn.Module)
+            replica = (self._lightning if is_lightning(model) else self._plain)(ctx, model)
         if model is not self.model:
             replica.equalize()
         return replica
+
+    def _plain(self, ctx: ReplicaContext, model: torch.nn.Module) -> TorchReplica:
+        from bigdl.orca.learn.pytorch.replica import TorchReplica
+        from bigdl.orca.learn.pytorch.work import PlainWork
+
+        config, optimizer, scheduler = dict(self.config), self.optimizer, self.scheduler
+        if optimizer is not None and not isinstance(optimizer, torch.optim.Optimizer):
+            optimizer = _made("optimizer", optimizer(model, config), torch.optim.Optimizer)
+            check_optimizer(optimizer, model)
+        if scheduler is not None and not is_scheduler(scheduler):
+            scheduler = scheduler(optimizer, config)
+            if not is_scheduler(scheduler):
+                raise ConfigError(f"The scheduler's function gave {shown(scheduler)}.")
+        return TorchReplica(
+            ctx=ctx,
+            model=model,
+            optimizer=optimizer,
+            schedule=None if scheduler is None else Schedule(scheduler, self.scheduler_interval),
+            work=PlainWork(
+                model,
+                None if self.loss is None else read_loss(self.loss, self.loss_reduction),
+                read_metrics(self.metrics),
+                ctx.options.precision,
+            ),
+        )
+
+    def _lightning(self, ctx: ReplicaContext, model: Any) -> TorchReplica:
+        from bigdl.orca.learn.pytorch.replica import TorchReplica
+
+        self._check_alone()
+        work = LightningWork(
+            model,
+            rank=ctx.rank,
+            world=ctx.world,
+            averages=self.loss_reduction != "sum",
+            precision=ctx.options.precision,
+        )
+        optimizer = schedule = None
+        if ctx.trains:
+            check_training(model)
+            work.set_up("fit")
+            optimizer, schedule = work.configure()
+            check_optimizer(optimizer, model)
+        return TorchReplica(
+            ctx=ctx, model=model, optimizer=optimizer, schedule=schedule, work=work
+        )
 
     def model_of(self, state: State | None) -> torch.nn.Module:
         """The trained model: the user's own instance, or a new one of the user's function.
@@ -169,7 +233,7 @@ class TorchProgram:
             state,
             model=model,
             optimizer=self.optimizer if is_built else None,
-            scheduler=self.scheduler if _is_scheduler(self.scheduler) else None,
+            scheduler=self.scheduler if is_scheduler(self.scheduler) else None,
         )
         return model
 
@@ -201,7 +265,7 @@ def _made(name: str, value: Any, kind: type) -> Any:
     return value
 
 
-def _check_optimizer(optimizer: torch.optim.Optimizer, model: torch.nn.Module) -> None:
+def check_optimizer(optimizer: torch.optim.Optimizer, model: torch.nn.Module) -> None:
     if isinstance(optimizer, torch.optim.LBFGS):
         raise ConfigError(
             "LBFGS evaluates the model many times in a step, which workers cannot do together. "
@@ -218,8 +282,3 @@ def _check_optimizer(optimizer: torch.optim.Optimizer, model: torch.nn.Module) -
             f"The optimizer holds {foreign} parameters that are not the model's. Make it from "
             "model.parameters() of this very model."
         )
-
-
-def _is_scheduler(value: Any) -> bool:
-    is_built = hasattr(value, "optimizer") and hasattr(value, "state_dict")
-    return is_built and callable(getattr(value, "step", None))

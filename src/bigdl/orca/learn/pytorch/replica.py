@@ -5,36 +5,45 @@ from __future__ import annotations
 import contextlib
 import itertools
 import time
-import warnings
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 
-from bigdl._base import trees
 from bigdl._base.errors import DataError, NotReadyError
 from bigdl.nano.pytorch.processes.memory import broadcast
 from bigdl.nano.pytorch.processes.streams import Streams
 from bigdl.orca.learn.program import Cursor, Hooks, ReplicaContext, State, StepEnd
 from bigdl.orca.learn.pytorch import calling, storing
 from bigdl.orca.learn.pytorch.gradients import Gradients, connect_gradients
-from bigdl.orca.learn.pytorch.metrics import Tally
+from bigdl.orca.learn.pytorch.work import summed
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Sequence
+    from collections.abc import Iterable, Iterator
+
+    import torch
 
     from bigdl._base.sync import Outcome
     from bigdl._base.trees import Tree
     from bigdl.orca.data.contract import Batch
-    from bigdl.orca.learn.pytorch.losses import WeightedLoss
-    from bigdl.orca.learn.pytorch.metrics import Metric
+    from bigdl.orca.learn.pytorch.accelerated import Accelerated
+    from bigdl.orca.learn.pytorch.metrics import Tally
+    from bigdl.orca.learn.pytorch.schedules import Schedule
+    from bigdl.orca.learn.pytorch.work import Work
 
 __all__ = ["TorchReplica"]
 
 
 class TorchReplica:
-    """Made by ``TorchProgram.build``; see ``bigdl.orca.learn.program.Replica``."""
+    """Made by ``TorchProgram.build``; see ``bigdl.orca.learn.program.Replica``.
+
+    Args:
+        ctx: This worker's place.
+        model: The module.
+        optimizer: Over its parameters; only training needs one.
+        schedule: Of the optimizer's learning rate.
+        work: What is done with a batch; None = it cannot be trained.
+    """
 
     def __init__(
         self,
@@ -42,41 +51,49 @@ class TorchReplica:
         ctx: ReplicaContext,
         model: torch.nn.Module,
         optimizer: torch.optim.Optimizer | None,
-        loss: WeightedLoss | None,
-        scheduler: Any,
-        scheduler_interval: str,
-        metrics: Sequence[Metric],
+        schedule: Schedule | None,
+        work: Work,
     ) -> None:
         self.model = model
         self.optimizer = optimizer
-        self.scheduler = scheduler
+        self.scheduler = None if schedule is None else schedule.scheduler
+        self.work = work
+        #: Batches of the present epoch that all workers together have had.
+        self.batches = 0
         self._ctx = ctx
-        self._loss = loss
-        self._scheduler_interval = scheduler_interval
-        self._metrics = metrics
-        self._call = calling.caller(model)
+        self._schedule = schedule
         self._streams = Streams(ctx.seed, ctx.rank)
         self._gradients: Gradients | None = None
+        self._run: _Run | None = None
+        self._accelerated: Accelerated | None = None
+
+    @property
+    def gradient_bytes(self) -> int:
+        """What several workers sum in a step; see ``Replica``."""
+        return sum(
+            parameter.numel() * max(4, parameter.element_size())  # halves are summed as float32
+            for parameter in self.model.parameters()
+            if parameter.requires_grad
+        )
 
     # --- training ---
 
     def train(self, epochs: int, start: Cursor, hooks: Hooks) -> list[dict[str, Any]]:
         """Train for ``epochs`` epochs, from ``start``; see ``Replica.train``."""
-        if self.optimizer is None or self._loss is None:
+        if self.optimizer is None or not self.work.has_loss:
             raise NotReadyError(
                 "Training needs an optimizer and a loss: give optimizer= and loss= where the "
                 "model is given."
             )
-        self._gradients = connect_gradients(
-            self._ctx, self.optimizer, averages=self._loss.averages
-        )
+        self._gradients = connect_gradients(self._ctx, self.optimizer, averages=self.work.averages)
         self._gradients.clear()
         modes = [(module, module.training) for module in self.model.modules()]
         if not self.model.training:
             self.model.train()
         try:
             with self._streams.drawn():
-                rows = _Run(self, self._gradients, hooks, start).epochs(epochs)
+                self._run = _Run(self, self._gradients, hooks, start)
+                rows = self._run.epochs(epochs)
             for buffer in self.model.buffers():
                 broadcast(self._ctx.collective, buffer.detach())
             self._gradients.finish(self.optimizer)
@@ -85,19 +102,12 @@ class TorchReplica:
             for module, mode in modes:
                 module.training = mode
             self._gradients.close()
-            self._gradients = None
+            self._gradients = self._run = None
 
-    def step_scheduler(self, interval: str, row: dict[str, Any]) -> None:
-        """Step the scheduler if it steps at that interval."""
-        if self.scheduler is None or interval != self._scheduler_interval:
-            return
-        arguments = []
-        if isinstance(self.scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau):
-            arguments = [row.get("val_loss", row["loss"])]
-        with warnings.catch_warnings():
-            # the mark that the optimizer's step is watched does not travel to a worker
-            warnings.filterwarnings("ignore", message="Seems like `optimizer.step")
-            self.scheduler.step(*arguments)
+    def step_scheduler(self, interval: str, number: int, row: dict[str, Any]) -> None:
+        """The ``number``-th epoch or step is over: step the scheduler if it is due."""
+        if self._schedule is not None:
+            self._schedule.step(interval, number, row)
 
     def equalize(self) -> None:
         """Give all workers rank 0's weights and buffers."""
@@ -121,33 +131,20 @@ class TorchReplica:
 
     def evaluate(self, batches: Iterable[Batch]) -> dict[str, Any]:
         """Loss, rows and metrics over the batches of all workers; see ``Replica.evaluate``."""
-        averages = self._loss is None or self._loss.averages
-        tally = Tally(self._metrics, averages=averages)
         with self._rank_0_buffers(), calling.evaluating(self.model):
-            for batch in batches:
-                if batch.rows:
-                    self._score(batch, tally)
-        return tally.merge(self._ctx.collective, has_loss=self._loss is not None)
-
-    def _score(self, batch: Batch, tally: Tally) -> None:
-        features, labels = calling.split(calling.to_tensors(batch.data))
-        with calling.precision(self._ctx.options.precision):
-            output = self._call(features)
-            if self._loss is None:
-                tally.add(loss=0.0, weight=0.0, rows=batch.rows)
-            else:
-                term = self._loss(output, labels, batch.rows)
-                tally.add(loss=_sum(self._loss, term), weight=term.weight, rows=batch.rows)
-        tally.measure(output, labels, batch.rows)
+            return self.work.evaluate(batches, self._ctx.collective)
 
     def predict(self, features: Tree) -> Tree:
         """Outputs for one batch, as NumPy arrays; see ``Replica.predict``."""
-        inputs = calling.to_tensors(features)
-        with (
-            calling.evaluating(self.model),
-            calling.precision(self._ctx.options.precision),
-        ):
-            return calling.to_arrays(self._call(inputs))
+        options = self._ctx.options
+        if options.accelerator is not None:
+            if self._accelerated is None:
+                from bigdl.orca.learn.pytorch.accelerated import Accelerated
+
+                self._accelerated = Accelerated(self.model, options.accelerator, options.precision)
+            return calling.to_arrays(self._accelerated(features))
+        with calling.evaluating(self.model):
+            return calling.to_arrays(self.work.predict(features))
 
     # --- state ---
 
@@ -155,6 +152,10 @@ class TorchReplica:
         """All that a checkpoint needs; see ``Replica.state``. All workers call it."""
         with self._rank_0_buffers():
             return storing.state_of(self, self._gradients, self._streams, self._ctx.collective)
+
+    def part(self) -> Any:
+        """What the present epoch's record is made of; see ``Replica.part``."""
+        return None if self._run is None else self._run.part()
 
     def load(self, state: State) -> None:
         """Go on from a state; see ``Replica.load``."""
@@ -172,44 +173,58 @@ class _Run:
         self._hooks = hooks
         self._cursor = start
         self._ctx = replica._ctx
-        self._loss: Any = replica._loss
+        self._work = replica.work
         self._options = replica._ctx.options
         self._steps_left = self._options.max_steps
+        self._record = _Record(self._work.tally())
+        if start.row == 0:
+            replica.batches = 0
 
     def epochs(self, epochs: int) -> list[dict[str, Any]]:
         rows = []
+        self._work.at(self._cursor)
+        self._work.moment("on_fit_start")
+        self._work.moment("on_train_start")
         for _ in range(epochs):
             row, goes_on = self._epoch()
             rows.append(row)
             if not goes_on:
                 break
+        self._work.moment("on_train_end")
+        self._work.moment("on_fit_end")
         return rows
+
+    def part(self) -> Any:
+        return self._record.part(self._cursor, self._ctx.collective)
 
     def _epoch(self) -> tuple[dict[str, Any], bool]:
         """An epoch's record, and whether another may follow."""
-        began, first = time.monotonic(), self._cursor
-        replica, hooks = self._replica, self._hooks
+        first, replica, hooks, work = self._cursor, self._replica, self._hooks, self._work
+        had = hooks.had() or {}
+        tally = work.tally(had.get("shares", ()))
+        self._record = _Record(tally, first, had.get("steps", 0), had.get("seconds", 0.0))
+        work.at(first)
+        work.moment("on_train_epoch_start")
         hooks.on_epoch_start(replica, first)
-        tally = Tally(replica._metrics, averages=self._loss.averages)
         batches = iter(hooks.batches(first))
         is_stopped = self._steps(batches, tally)
         is_whole = not is_stopped
         if self._steps_left == 0 and not is_stopped:
             is_whole = self._all_agree(next(batches, None) is None)
-        found = tally.merge(self._ctx.collective)
-        if is_whole and found["rows"] == 0 and first.row == 0:
+        if is_whole and self._cursor.row == 0:
             raise DataError("There are no rows to train on.")
-        row: dict[str, Any] = {"epoch": first.epoch + 1, "loss": found["loss"]}
-        row |= {
-            "rows": found["rows"],
-            "steps": self._cursor.step - first.step,
-            "seconds": time.monotonic() - began,
-        }
-        row |= {key: value for key, value in found.items() if key not in row}
+        self._record.end()
+        found: dict[str, Any] = {}
         if is_whole:
             self._cursor = replace(self._cursor, epoch=first.epoch + 1, row=0)
-            row.update(hooks.validate(replica, self._cursor))
-            replica.step_scheduler("epoch", row)
+            found = dict(hooks.validate(replica, self._cursor))
+        work.epoch_ended(tally, self._ctx.collective)
+        row = self._record.row(self._cursor, self._ctx.collective)
+        row.update(found)
+        work.recorded(row)
+        if is_whole:
+            replica.batches = 0
+            replica.step_scheduler("epoch", self._cursor.epoch, row)
         hooks.on_epoch_end(replica, self._cursor, row)
         goes_on = is_whole and self._steps_left != 0
         return row, self._all_agree(not hooks.should_stop()) and goes_on
@@ -231,9 +246,11 @@ class _Run:
             )
             if self._steps_left is not None:
                 self._steps_left -= 1
-            over = outcome.weight if self._loss.averages else outcome.rows
+            over = outcome.weight if self._work.averages else outcome.rows
             loss = outcome.loss / over if over else float("nan")
-            self._replica.step_scheduler("step", {"loss": loss})
+            self._work.at(self._cursor)
+            self._work.stepped(tally)
+            self._replica.step_scheduler("step", self._cursor.step, {"loss": loss})
             self._hooks.on_step_end(
                 self._replica, StepEnd(cursor=self._cursor, loss=loss, rows=outcome.rows)
             )
@@ -242,11 +259,14 @@ class _Run:
     def _step(self, window: Iterable[Batch], tally: Tally) -> Outcome:
         """One update from some batches: gradients of each, their sum, the optimizer's step."""
         stop = self._hooks.should_stop()
+        if self._work.leaves_traces and self._ctx.world > 1:
+            stop = not self._all_agree(not stop)
         done = _Done()
         for batch in window:
             if batch.rows and not stop:
                 self._backward(batch, done)
             done.rows += batch.rows
+            done.batches += 1
         outcome = self._gradients.reduce(
             rows=done.rows,
             weight=done.weight,
@@ -255,30 +275,25 @@ class _Run:
             stop=stop,
         )
         if outcome.rows and not outcome.is_stopped:
-            assert self._replica.optimizer is not None
-            self._gradients.update(self._replica.optimizer, outcome)
+            optimizer = self._replica.optimizer
+            assert optimizer is not None
+            self._work.moment("on_before_optimizer_step", optimizer)
+            self._gradients.update(optimizer, outcome)
+            self._replica.batches += done.batches
             tally.add(loss=done.loss, weight=done.weight, rows=done.rows)
-            with torch.no_grad():
-                for output, labels, rows in done.outputs:
-                    tally.measure(output, labels, rows)
         self._gradients.clear()
         return outcome
 
     def _backward(self, batch: Batch, done: _Done) -> None:
         """Add one batch's gradients to those of the batches before it."""
-        features, labels = calling.split(calling.to_tensors(batch.data))
-        with calling.precision(self._options.precision):
-            output = self._replica._call(features)
-            term = self._loss(output, labels, batch.rows)
+        term = self._work.loss_of(batch, self._replica.batches + done.batches)
         if done.unit is None:
             done.unit = self._gradients.unit(term, batch.global_rows)
         if not term.is_void:
-            scale = term.weight / done.unit if self._loss.averages else 1.0
-            (term.value if scale == 1.0 else term.value * scale).backward()
+            scale = term.weight / done.unit if self._work.averages else 1.0
+            self._work.backward(term.value if scale == 1.0 else term.value * scale)
         done.weight += term.weight
-        done.loss += _sum(self._loss, term)
-        if self._replica._metrics:
-            done.outputs.append((_detached(output), labels, batch.rows))
+        done.loss += summed(term, self._work.averages)
 
 
 class _Done:
@@ -287,20 +302,44 @@ class _Done:
     def __init__(self) -> None:
         self.unit: float | None = None
         self.rows = 0
+        self.batches = 0
         self.weight = 0.0
         self.loss = 0.0
-        #: (output, labels, rows) of each batch, for metrics.
-        self.outputs: list[tuple[Any, Any, int]] = []
 
 
-def _sum(loss: WeightedLoss, term: Any) -> float:
-    """The sum that a mean was made of, or the sum itself; nothing's sum is 0."""
-    if not loss.averages:
-        return float(term.value.detach())
-    return float(term.value.detach()) * term.weight if term.weight else 0.0
+class _Record:
+    """An epoch's record in the making.
 
+    Args:
+        tally: Of its rows.
+        first: Where it began.
+        steps: Updates before that, in an epoch that is gone on with.
+        seconds: What those took.
+    """
 
-def _detached(output: Any) -> Any:
-    return trees.map_leaves(
-        lambda leaf: leaf.detach() if isinstance(leaf, torch.Tensor) else leaf, output
-    )
+    def __init__(
+        self, tally: Tally, first: Cursor | None = None, steps: int = 0, seconds: float = 0.0
+    ) -> None:
+        self._tally, self._first = tally, first or Cursor()
+        self._steps = steps
+        self._began = time.monotonic() - seconds
+        self._seconds: float | None = None
+
+    def end(self) -> None:
+        """The last update was made; validation takes no time of its record's."""
+        self._seconds = time.monotonic() - self._began
+
+    def part(self, now: Cursor, collective: Any) -> dict[str, Any]:
+        return {**self._so_far(now), "shares": self._tally.gather(collective)}
+
+    def row(self, now: Cursor, collective: Any) -> dict[str, Any]:
+        found = self._tally.merge(collective)
+        row = {"epoch": self._first.epoch + 1, "loss": found["loss"], "rows": found["rows"]}
+        row |= self._so_far(now)
+        return row | {key: value for key, value in found.items() if key not in row}
+
+    def _so_far(self, now: Cursor) -> dict[str, Any]:
+        return {
+            "steps": self._steps + now.step - self._first.step,
+            "seconds": time.monotonic() - self._began if self._seconds is None else self._seconds,
+        }

@@ -25,7 +25,8 @@ __all__ = ["load_into", "load_parts", "state_of"]
 def state_of(
     replica: TorchReplica, gradients: Gradients | None, streams: Streams, collective: Collective
 ) -> State:
-    """``model``, ``optimizer``, ``scheduler`` (None if there is none) and ``streams`` by rank.
+    """``model``, ``optimizer``, ``scheduler`` (None if there is none), ``streams`` by rank, and
+    the number of ``batches`` of the present epoch.
 
     Tensors are copies. All workers call it, and all get the same.
     """
@@ -42,6 +43,7 @@ def state_of(
         "optimizer": optimizer,
         "scheduler": None if replica.scheduler is None else _scheduler_state(replica.scheduler),
         "streams": [torch.from_numpy(np.frombuffer(one, np.uint8).copy()) for one in every],
+        "batches": replica.batches,
     }
 
 
@@ -60,6 +62,7 @@ def load_into(
         scheduler=replica.scheduler,
         gradients=gradients,
     )
+    replica.batches = state.get("batches", 0)
     saved = state.get("streams", [])
     if ctx.rank < len(saved):
         streams.from_bytes(saved[ctx.rank].numpy().tobytes())
