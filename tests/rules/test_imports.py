@@ -81,7 +81,11 @@ FOREIGN = {
         "orca/data/steps.py",  # and this one
         "testing/xshards.py",
     ),
-    "pyspark": ("orca/data/adapters/spark*.py", "orca/data/xshards.py"),  # the line to install
+    "pyspark": (
+        "orca/data/adapters/spark*.py",
+        "orca/data/xshards.py",  # the line to install
+        "orca/engines/spark*.py",
+    ),
     "py4j": ("orca/data/adapters/spark*.py",),
     "pyarrow": (
         "orca/data/adapters/arrow*.py",
@@ -92,7 +96,6 @@ FOREIGN = {
         "orca/data/readers.py",  # and this one
         "orca/engines/spark_session.py",  # and this one
     ),
-    "pyspark": ("orca/engines/spark*.py",),
     "tensorboard": ("orca/learn/callbacks/tensorboard.py",),
     "mlflow": ("orca/learn/callbacks/mlflow.py",),
     "pytest": ("testing/*",),

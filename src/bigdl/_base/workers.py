@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     from multiprocessing.connection import Connection
     from types import ModuleType
 
-__all__ = ["Worker", "Workers", "dumps", "is_importable", "rebuilt", "run_in_child"]
+__all__ = ["Worker", "Workers", "dumps", "first_ended", "is_importable", "rebuilt", "run_in_child"]
 
 T = TypeVar("T")
 
@@ -418,6 +418,27 @@ def rebuilt(
         error = WorkerError(f"{name}: {text}", rank=rank, traceback=trace)
     error.__cause__ = cause
     return error
+
+
+def first_ended(workers: Sequence[Worker]) -> Worker:
+    """Wait until one of ``workers`` has answered or is lost: its ``result`` then comes at once.
+
+    Their events are not kept.
+    """
+    from multiprocessing.connection import wait
+
+    while True:
+        for worker in workers:
+            if worker._answer is not None or worker._is_lost():
+                return worker
+        lines = {worker._owner._line(): worker._owner for worker in workers}
+        channels = {worker._channel: worker for worker in workers if not worker._drained}
+        ready: Any
+        for ready in wait([*channels, *lines]):
+            if ready in channels:
+                channels[ready]._read(None)
+            else:
+                lines[ready]._hear()
 
 
 def _ending(status: int) -> str:

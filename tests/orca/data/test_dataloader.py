@@ -315,7 +315,7 @@ def test_processes_of_the_loader(make):
     reader = sharded.open(0, 2)
     running = reader.batches(4)
     next(running)
-    processes = list(reader._running._workers)
+    processes = list(reader._parts._running._workers)
     reader.close()
     for process in processes:
         process.join(10)

@@ -533,24 +533,3 @@ def test_streams_of_unequal_length():
     for found, rows in cases.of("unequal_streams", 2):
         same(found, expected, 1e-9)
         assert (rows[0]["rows"], rows[0]["steps"]) == (40, 3)
-
-
-def test_a_gradient_is_a_view_of_the_memory_that_is_added_up():
-    """No copy out: what is summed is what the optimizer reads; clearing drops the view only."""
-    from bigdl._base.collective.alone import Alone
-    from bigdl.orca.learn.pytorch.gradients import _Shared
-
-    model = convolutions()
-    ctx = learning.ReplicaContext(collective=Alone())
-    gradients = _Shared(list(model.parameters()), ctx, True)
-    memory = gradients._kernel.gradients
-    for _ in range(2):
-        model(torch.from_numpy(pictures()[0])).sum().backward()
-        gradients.reduce(rows=1, weight=1.0, loss=0.0, unit=1.0, stop=False)
-        for parameter, array in zip(model.parameters(), memory, strict=True):
-            assert parameter.grad.data_ptr() == array.ctypes.data
-            assert parameter.grad.stride() == parameter.stride()
-            assert np.abs(array).sum() == pytest.approx(parameter.grad.abs().sum().item())
-        gradients.clear()
-        assert all(parameter.grad is None for parameter in model.parameters())
-    gradients.close()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import inspect
 import logging
 import warnings
@@ -17,14 +16,21 @@ from bigdl.nano.pytorch.inference.onnx_mode import add_onnx_mode
 from bigdl.nano.pytorch.inference.optimizer import InferenceOptimizer
 from bigdl.nano.pytorch.lightning.guests import at_home, receiving
 from bigdl.nano.pytorch.lightning.host import part, pl
+from bigdl.nano.pytorch.lightning.launcher import WorkersLauncher, in_processes
 from bigdl.nano.pytorch.lightning.resume import install
 from bigdl.nano.pytorch.lightning.session import Session
+from bigdl.nano.pytorch.lightning.summed_loops import install_parts
+from bigdl.nano.pytorch.lightning.summed_strategy import SummedStrategy
 from bigdl.nano.pytorch.module import CompiledModule, compiled
-from bigdl.nano.pytorch.plan.plan import Plan
-from bigdl.nano.pytorch.trainer_names import COMPILE, LATER, TRAINER
+from bigdl.nano.pytorch.plan.candidates import NAMES
+from bigdl.nano.pytorch.plan.plan import Plan, Row
+from bigdl.nano.pytorch.processes.settings import check_settings
+from bigdl.nano.pytorch.trainer_names import COMPILE, TRAINER
 
 if TYPE_CHECKING:
     import torch
+
+    from bigdl.nano.pytorch.processes.settings import Settings
 
 __all__ = ["Trainer"]
 
@@ -35,22 +41,34 @@ _defaults_from_env_vars = part("utilities.argparse:_defaults_from_env_vars")
 
 
 class Trainer(_StockTrainer):  # type: ignore[misc]
-    """Lightning's Trainer: every argument of Lightning's, and two more.
+    """Lightning's Trainer: every argument of Lightning's, and some more.
 
     With ``acceleration="auto"`` the first steps of ``fit`` are timed, faster forms of the step
     are tried on copies of model and optimizers, and what is faster and close enough stays in
     force until the run ends. ``trainer.plan`` prints what was tried. The model's parameters,
     attributes, checkpoints, loggers and random streams are what stock Lightning makes them.
 
+    With ``num_processes=N``, ``fit``, ``validate``, ``test`` and ``predict`` run in N worker
+    processes of this machine, which share each of your batches; the numbers are those of one
+    process, and your objects hold afterwards what they would hold then.
+
     Args:
         acceleration: "auto"; "off": stock Lightning; or a ``Plan`` to put in force as it is,
             without measuring anything.
         guard: How far a faster step may stray from your own.
+        num_processes: Processes that share each batch.
+        distributed_backend: "subprocess" forks workers from one fresh interpreter that has
+            loaded the libraries; "spawn" starts an interpreter for each. Neither needs a guard
+            of the main module.
+        cpu_for_each_process: The cores of each process; by default equal parts of all.
+        auto_lr: Raise learning rates to rate x processes over the first tenth of the run.
+        sync: "allreduce"; or "sharded": each process holds a slice of the optimizer's state.
         **lightning: Lightning's own arguments.
 
     Raises:
         ArgumentError: An argument is unknown or of another kind; the text has the right name.
-        ConfigError: ``acceleration`` is another word.
+        ConfigError: A value cannot be, or contradicts another: ``num_processes=`` and
+            Lightning's ``devices=``.
     """
 
     def __init__(
@@ -58,9 +76,20 @@ class Trainer(_StockTrainer):  # type: ignore[misc]
         *,
         acceleration: Literal["auto", "off"] | Plan = "auto",
         guard: Guard = Guard(),  # noqa: B008  (frozen)
+        num_processes: int = 1,
+        distributed_backend: Literal["subprocess", "spawn"] = "subprocess",
+        cpu_for_each_process: list[list[int]] | None = None,
+        auto_lr: bool = False,
+        sync: Literal["allreduce", "sharded"] = "allreduce",
         **lightning: Any,
     ) -> None:
         _check_values(acceleration, guard)
+        settings = check_settings(
+            num_processes, distributed_backend, cpu_for_each_process, auto_lr, sync
+        )
+        if settings.world > 1:
+            _check_shared(settings, acceleration)
+            lightning |= _in_processes(settings, lightning)
         self._acceleration = acceleration
         self._guard = guard
         self._plan: Plan | None = None
@@ -73,11 +102,13 @@ class Trainer(_StockTrainer):  # type: ignore[misc]
         with at_home(callbacks if isinstance(callbacks, (list, tuple)) else [callbacks]):
             _StockTrainer.__init__.__wrapped__(self, **lightning)
         install(self)
+        if settings.world > 1:
+            install_parts(self)
 
-    fit = receiving(_StockTrainer.fit)
-    validate = receiving(_StockTrainer.validate)
-    test = receiving(_StockTrainer.test)
-    predict = receiving(_StockTrainer.predict)
+    fit = receiving(in_processes(_StockTrainer.fit))
+    validate = receiving(in_processes(_StockTrainer.validate))
+    test = receiving(in_processes(_StockTrainer.test))
+    predict = receiving(in_processes(_StockTrainer.predict))
 
     @property
     def plan(self) -> Plan | None:
@@ -95,9 +126,10 @@ class Trainer(_StockTrainer):  # type: ignore[misc]
     def _run_stage(self) -> Any:
         if not self.training:
             return super()._run_stage()
+        shared = isinstance(self.strategy, SummedStrategy)
         session = Session(
             self,
-            self._acceleration,
+            "off" if shared else self._acceleration,
             self._guard,
             kept=self._kept_plan,
             epochs=self._given_epochs,
@@ -109,6 +141,8 @@ class Trainer(_StockTrainer):  # type: ignore[misc]
         finally:
             session.end()
             self._plan, self._plan_key = session.plan, session.key
+            if shared and self._acceleration == "auto":
+                self._plan = _nothing_tried(self.strategy.settings)
             self._session = self._kept_plan = None
 
     # --- in checkpoints ---
@@ -238,6 +272,55 @@ def _check_values(acceleration: Any, guard: Any) -> None:
         raise ArgumentError(f"Trainer(guard=…) takes a Guard, not {type(guard).__name__}.")
 
 
+def _check_shared(settings: Settings, acceleration: Any) -> None:
+    """Refuse a plan where several processes would have to follow it alike."""
+    if isinstance(acceleration, Plan) and acceleration.chosen:
+        raise ConfigError(
+            f"Trainer(num_processes={settings.world}, acceleration=Plan) cannot be: a plan is for "
+            f"one process, and this one chooses {', '.join(acceleration.chosen)}. Leave out one "
+            "of them."
+        )
+
+
+def _nothing_tried(settings: Settings) -> Plan:
+    """The plan of a run in several processes: yours is kept."""
+    reason = "a plan is made in one process, and num_processes= trains in several"
+    rows = {name: Row(name=name, status="skipped", reason=reason) for name in NAMES}
+    rows["processes"] = Row(
+        name="processes",
+        status="skipped",
+        reason=f"yours are kept: num_processes={settings.world}",
+    )
+    return Plan((Row(name="original", status="chosen"), *rows.values()))
+
+
+def _in_processes(settings: Settings, lightning: dict[str, Any]) -> dict[str, Any]:
+    """Lightning's arguments for several processes of ours.
+
+    Raises:
+        ConfigError: The user's own contradict that.
+    """
+    defaults = {one.name: one.default for one in _lightning_parameters()}
+    for name in ("devices", "strategy", "num_nodes"):
+        value = lightning.get(name, defaults[name])
+        if value not in ("auto", 1):
+            raise ConfigError(
+                f"Trainer(num_processes={settings.world}, {name}={value!r}) contradict each "
+                "other: num_processes= divides each of your batches among processes of ours; "
+                "devices= and strategy= start Lightning's, which each train on batches of their "
+                "own. Give one of them."
+            )
+    accelerator = lightning.get("accelerator", "auto")
+    if accelerator not in ("auto", "cpu"):
+        raise ConfigError(
+            f"Trainer(num_processes={settings.world}, accelerator={accelerator!r}) cannot be: "
+            "num_processes= is for CPU cores. Use Lightning's devices= for several others."
+        )
+    strategy = SummedStrategy(settings)
+    strategy._launcher = WorkersLauncher()
+    return {"accelerator": "cpu", "devices": 1, "strategy": strategy}
+
+
 def _full_signature() -> inspect.Signature:
     """Ours and Lightning's parameters, as command lines and editors should see them."""
     own = inspect.signature(Trainer.__init__)
@@ -245,24 +328,8 @@ def _full_signature() -> inspect.Signature:
     return own.replace(parameters=[*ours, *_lightning_parameters()])
 
 
-def _answers_later(init: Any) -> Any:
-    """Answer arguments of versions to come."""
-
-    @functools.wraps(init)
-    def call(self: Any, *args: Any, **kwargs: Any) -> None:
-        for name in LATER:
-            if name in kwargs:
-                raise ArgumentError(
-                    f"Trainer() has no argument {name!r} yet: this version trains in one process "
-                    "with all its threads. Lightning's own devices= and strategy= start several."
-                )
-        init(self, *args, **kwargs)
-
-    return call
-
-
 _init: Any = Trainer.__init__
 _init.__signature__ = _full_signature()
 _init.__qualname__ = "Trainer"
-_init = _answers_later(answers(TRAINER)(_defaults_from_env_vars(_init)))
+_init = answers(TRAINER)(_defaults_from_env_vars(_init))
 Trainer.__init__ = _init  # type: ignore[method-assign]

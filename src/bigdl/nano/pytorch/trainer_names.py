@@ -11,16 +11,13 @@ from bigdl._base.calls import Gone, Renamed
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-__all__ = ["COMPILE", "LATER", "TRAINER"]
+__all__ = ["COMPILE", "TRAINER"]
 
 _TRIED = Gone(
     "acceleration='auto' tries it by itself and keeps what is faster; Plan.of(…) pins a choice.",
     harmless=(None, False),
 )
 _SEARCH = Gone("this version has no search for hyperparameters.", harmless=(None, False))
-
-#: Arguments of training in several processes, which this version does not do.
-LATER = ("num_processes", "distributed_backend", "cpu_for_each_process", "auto_lr", "sync")
 
 COMPILE: Mapping[str, Renamed | Gone] = {
     "onnx": Gone("trace or quantize the trained model.", harmless=(None, False)),

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias, runtime_che
 import numpy as np
 
 from bigdl._base.errors import ConfigError, DataError
+from bigdl._base.rows import part
 from bigdl._base.trees import Tree, leaves, rows
 
 if TYPE_CHECKING:
@@ -263,13 +264,6 @@ def held_by(stack: contextlib.ExitStack, source: Sharded) -> Sharded:
     if let_go is not None:
         stack.callback(let_go)
     return source
-
-
-def part(total: int, rank: int, world: int) -> tuple[int, int]:
-    """First and last-but-one row of one rank's part: contiguous parts, larger ones first."""
-    least, larger = divmod(total, world)
-    first = rank * least + min(rank, larger)
-    return first, first + least + (rank < larger)
 
 
 def checked_rows(tree: Tree, expected: int, what: str) -> Tree:

@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from bigdl._base.errors import ConfigError, DataError
+from bigdl._base.rows import check_start
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -176,13 +177,3 @@ class Order:
             self._first = start
             self._ahead = self._permutation[start : max(stop, start + _AHEAD)]
         return self._ahead[start - self._first : stop - self._first]
-
-
-def check_start(start: int, rows: int) -> None:
-    """Refuse to go on outside the epoch.
-
-    Raises:
-        DataError: ``start`` is not between 0 and ``rows``.
-    """
-    if not 0 <= start <= rows:
-        raise DataError(f"Cannot go on at row {start}: an epoch of this data has {rows} rows.")

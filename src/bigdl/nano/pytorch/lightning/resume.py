@@ -16,7 +16,9 @@ from typing import TYPE_CHECKING, Any
 
 from bigdl._base.errors import StoredModelError
 from bigdl.nano.pytorch.lightning.host import part
+from bigdl.nano.pytorch.lightning.summed_strategy import SummedStrategy
 from bigdl.nano.pytorch.plan import streams
+from bigdl.nano.pytorch.processes.part_loader import whole
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -104,7 +106,8 @@ class _FitLoop(_StockFitLoop):  # type: ignore[misc,valid-type]
 
     @property
     def loaders(self) -> list[Any]:
-        return [] if self._combined_loader is None else list(self._combined_loader.flattened)
+        combined = self._combined_loader
+        return [] if combined is None else [whole(one) for one in combined.flattened]
 
     @property
     def has_own_state(self) -> bool:
@@ -304,6 +307,10 @@ def _gathered_gradients(trainer: Any) -> dict[str, Any]:
     gathers = trainer.accumulate_grad_batches > 1 and trainer.training
     if module is None or not gathers or not trainer.fit_loop._should_accumulate():
         return {}
+    if isinstance(trainer.strategy, SummedStrategy):
+        whole = trainer.strategy.gathered_gradients()
+        if whole is not None:
+            return whole
     return {
         name: p.grad.detach().clone()
         for name, p in module.named_parameters()
@@ -312,6 +319,8 @@ def _gathered_gradients(trainer: Any) -> dict[str, Any]:
 
 
 def _write_gradients(module: Any, gradients: dict[str, Any]) -> None:
+    if module.trainer.global_rank > 0:
+        return  # they are everybody's, and are added up once more
     parameters = dict(module.named_parameters())
     for name, gradient in gradients.items():
         if name in parameters:

@@ -520,7 +520,8 @@ class Session:
             trainer.strategy,
             (self._loop.automatic_optimization, self._loop.manual_optimization),
             self.force,
-            self._tripped,
+            # several processes would have to leave out the same update
+            self._tripped if trainer.world_size == 1 else None,
         )
         self._wiring.on()
         self._loop.after_step = self._settle

@@ -201,7 +201,7 @@ class Processes(Candidate):
     hope = 1.0
 
     def refuse(self, scene: Scene) -> str | None:
-        return "this version trains in one process; use Lightning's devices= for several"
+        return "not tried: a plan is made in one process; num_processes= trains in several"
 
     def apply(
         self,
@@ -209,4 +209,4 @@ class Processes(Candidate):
         optimizers: Sequence[torch.optim.Optimizer],
         scene: Scene,
     ) -> Applied:
-        raise ConfigError("this version trains in one process")
+        raise ConfigError("a plan is for one process; give Trainer(num_processes=…) for several")

@@ -1,9 +1,4 @@
-"""PyTorch loaders and datasets. A loader's batches are the global batches, in its own order.
-
-Of an indexed dataset each row is read by one rank: the lists of row numbers are cut before rows
-are read. A stream is read by every rank, its samples are cut before they are collated. A loader
-that makes batches in some other way is read by every rank, its batches are cut.
-"""
+"""PyTorch loaders and datasets. A loader's batches are the global batches, in its own order."""
 
 from __future__ import annotations
 
@@ -11,12 +6,12 @@ import copy
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset, default_collate
 
 from bigdl._base.errors import DataError
-from bigdl._base.trees import Tree, rows, slice_rows
-from bigdl.orca.data.adapters.loader_order import CutOrder, Epochs, is_settled, is_stock, is_stream
+from bigdl.nano.pytorch.processes.loader_order import is_settled, is_stock, is_stream
+from bigdl.nano.pytorch.processes.loader_parts import Parts
+from bigdl.orca.data.adapters.loader_epochs import Epochs
 from bigdl.orca.data.contract import DEFAULT_BATCH_SIZE, Batch, OutputSchema, Run, part
 from bigdl.orca.data.memory import mapped_by_rank
 from bigdl.orca.data.order import Order, check_start
@@ -24,6 +19,7 @@ from bigdl.orca.data.order import Order, check_start
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
+    from bigdl._base.trees import Tree
     from bigdl.orca.data.contract import Reader, Request, Schema
 
 __all__ = ["DatasetSharded", "LoaderSharded", "adapt_dataset", "adapt_loader"]
@@ -219,7 +215,7 @@ class LoaderReader:
     def __init__(self, source: LoaderSharded, rank: int, world: int) -> None:
         self._source, self._rank, self._world = source, rank, world
         self._epochs = Epochs(source.loader)
-        self._running: Any = None
+        self._parts: Parts | None = None
 
     def batches(
         self, size: int, *, epoch: int = 0, seed: int | None = None, start: int = 0
@@ -228,15 +224,13 @@ class LoaderReader:
             raise DataError(f"Cannot go on at row {start}: rows are counted from 0.")
         self.close()
         streams = self._epochs.enter(seed or 0, epoch)
-        loader = self._epochs.loader
+        self._parts = Parts(self._epochs.loader, self._rank, self._world)
         is_over = False
         try:
-            if is_stock(loader) and not is_stream(loader) and _has_lists(loader):
-                yield from self._indexed(loader, streams, start)
-            elif is_stock(loader) and is_stream(loader) and loader.batch_size is not None:
-                yield from _from(start, self._stream(loader, streams))
-            else:
-                yield from _from(start, self._whole(loader, streams))
+            for part in self._parts.meet(streams, start=start):
+                has_data = part.rows > 0 and not self._source.has_labels
+                data = _features(part.data) if has_data else part.data
+                yield Batch(data, part.rows, part.global_rows)
             is_over = True
         finally:
             self.close()
@@ -245,117 +239,5 @@ class LoaderReader:
 
     def close(self) -> None:
         """End the loader's own processes."""
-        running, self._running = self._running, None
-        end = getattr(running, "_shutdown_workers", None)
-        if end is not None:
-            end()
-
-    def _indexed(self, loader: DataLoader[Any], streams: Any, start: int) -> Iterator[Batch]:
-        """The lists of row numbers are cut: rows of others are not read."""
-        order = CutOrder(
-            loader._index_sampler, streams, rank=self._rank, world=self._world, start=start
-        )
-        changes: dict[str, Any] = {"batch_sampler": order}
-        if loader.batch_size is None and loader.batch_sampler is None:
-            changes = {"batch_size": None, "sampler": order}
-        running = self._running = iter(_like(loader, generator=self._generator(loader), **changes))
-        for data in running:
-            for here, total in order.empty_ones():
-                yield self._batch(None, here, total)
-            yield self._batch(data, *order.sizes.popleft())
-        for here, total in order.empty_ones():
-            yield self._batch(None, here, total)
-        if order.met < start:
-            check_start(start, order.met)
-
-    def _generator(self, loader: DataLoader[Any]) -> torch.Generator | None:
-        """What seeds the loader's own processes: another one for each rank."""
-        given: torch.Generator | None = loader.generator
-        if given is None or self._rank == 0:
-            return given
-        drawn = torch.empty((), dtype=torch.int64).random_(generator=given).item()
-        return torch.Generator().manual_seed((int(drawn) + self._rank) % (1 << 63))
-
-    def _stream(self, loader: DataLoader[Any], streams: Any) -> Iterator[Batch]:
-        """Every rank reads the stream; samples are cut before they are collated."""
-        collate = _CutCollate(loader.collate_fn, self._rank, self._world)
-        changes = {"batch_size": loader.batch_size, "drop_last": loader.drop_last}
-        cut = _like(loader, generator=loader.generator, collate_fn=collate, **changes)
-        for data, here, total in self._pulled(cut, streams):
-            yield self._batch(data, here, total)
-
-    def _whole(self, loader: DataLoader[Any], streams: Any) -> Iterator[Batch]:
-        """Every rank reads all batches, and keeps its part of their rows."""
-        for data in self._pulled(loader, streams):
-            total = rows(data, "the batch")
-            first, last = part(total, self._rank, self._world)
-            if total:
-                yield self._batch(slice_rows(data, first, last), last - first, total)
-
-    def _pulled(self, loader: DataLoader[Any], streams: Any) -> Iterator[Any]:
-        """The items of a loader that all ranks read: all draws are from the epoch's streams."""
-        with streams:
-            running = self._running = iter(loader)
-        nothing = object()
-        while True:
-            with streams:
-                item = next(running, nothing)
-            if item is nothing:
-                return
-            yield item
-
-    def _batch(self, data: Tree, here: int, total: int) -> Batch:
-        if here == 0:
-            return Batch(None, 0, total)
-        return Batch(data if self._source.has_labels else _features(data), here, total)
-
-
-def _has_lists(loader: DataLoader[Any]) -> bool:
-    """The order of an indexed dataset comes in lists of row numbers, one a batch."""
-    return loader.batch_sampler is not None or isinstance(loader.sampler, BatchSampler)
-
-
-def _from(start: int, batches: Iterator[Batch]) -> Iterator[Batch]:
-    """The batches after the first ``start`` rows of all ranks."""
-    met = 0
-    for batch in batches:
-        if met >= start:
-            yield batch
-        elif met + batch.global_rows > start:
-            raise DataError(
-                f"Cannot go on at row {start}: this loader's batches begin at rows {met} and "
-                f"{met + batch.global_rows}. Go on with the batch size that the run began with."
-            )
-        met += batch.global_rows
-    if met < start:
-        check_start(start, met)
-
-
-def _like(loader: DataLoader[Any], **changes: Any) -> DataLoader[Any]:
-    """A loader on the same dataset and as many processes, for one epoch."""
-    kept: dict[str, Any] = {
-        "num_workers": loader.num_workers,
-        "collate_fn": loader.collate_fn,
-        "pin_memory": loader.pin_memory,
-        "timeout": loader.timeout,
-        "worker_init_fn": loader.worker_init_fn,
-        "multiprocessing_context": loader.multiprocessing_context,
-        "in_order": loader.in_order,
-    }
-    if loader.num_workers > 0:
-        kept["prefetch_factor"] = loader.prefetch_factor
-    return DataLoader(loader.dataset, **{**kept, **changes})
-
-
-@dataclass(frozen=True)
-class _CutCollate:
-    """Collates one rank's samples; gives (data, rows, rows of all ranks)."""
-
-    collate: Callable[[list[Any]], Tree]
-    rank: int
-    world: int
-
-    def __call__(self, samples: list[Any]) -> tuple[Tree, int, int]:
-        first, last = part(len(samples), self.rank, self.world)
-        data = self.collate(samples[first:last]) if last > first else None
-        return data, last - first, len(samples)
+        if self._parts is not None:
+            self._parts.close()

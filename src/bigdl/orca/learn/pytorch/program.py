@@ -10,6 +10,7 @@ import torch
 
 from bigdl._base.calls import shown
 from bigdl._base.errors import ArgumentError, ConfigError, NotReadyError
+from bigdl.nano.pytorch.processes.streams import Streams
 from bigdl.orca.learn.pytorch.lightning import (
     LightningWork,
     check_accelerator,
@@ -20,7 +21,6 @@ from bigdl.orca.learn.pytorch.lightning import (
 from bigdl.orca.learn.pytorch.losses import LossReduction, read_loss
 from bigdl.orca.learn.pytorch.metrics import read_metrics
 from bigdl.orca.learn.pytorch.schedules import Schedule, is_scheduler
-from bigdl.orca.learn.pytorch.streams import Streams
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping

@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from bigdl._base.errors import DataError, NotReadyError
+from bigdl.nano.pytorch.processes.memory import broadcast
+from bigdl.nano.pytorch.processes.streams import Streams
 from bigdl.orca.learn.program import Cursor, Hooks, ReplicaContext, State, StepEnd
 from bigdl.orca.learn.pytorch import calling, storing
 from bigdl.orca.learn.pytorch.gradients import Gradients, connect_gradients
-from bigdl.orca.learn.pytorch.memory import broadcast
-from bigdl.orca.learn.pytorch.streams import Streams
 from bigdl.orca.learn.pytorch.work import summed
 
 if TYPE_CHECKING:

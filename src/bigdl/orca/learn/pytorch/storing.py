@@ -10,14 +10,14 @@ import torch
 
 from bigdl._base.errors import StoredModelError
 from bigdl._base.sync import gather_bytes
-from bigdl.orca.learn.pytorch.memory import copied
+from bigdl.nano.pytorch.processes.memory import copied
 
 if TYPE_CHECKING:
     from bigdl._base.collective import Collective
+    from bigdl.nano.pytorch.processes.streams import Streams
     from bigdl.orca.learn.program import ReplicaContext, State
     from bigdl.orca.learn.pytorch.gradients import Gradients
     from bigdl.orca.learn.pytorch.replica import TorchReplica
-    from bigdl.orca.learn.pytorch.streams import Streams
 
 __all__ = ["load_into", "load_parts", "state_of"]
 

@@ -44,6 +44,10 @@ class Streams:
             np.random.set_state(before[1])
             random.setstate(before[2])
 
+    def put_in_force(self) -> None:
+        """Draw from these from now on; only in a process of our own."""
+        self._set()
+
     def keep(self) -> None:
         """Take over what the process's streams are now; only for use inside ``drawn``."""
         self._torch = torch.get_rng_state()

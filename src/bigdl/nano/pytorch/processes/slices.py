@@ -14,7 +14,7 @@ import torch
 
 from bigdl._base.errors import ConfigError
 from bigdl._base.sync import gather_bytes
-from bigdl.orca.learn.pytorch.memory import flat, strided
+from bigdl.nano.pytorch.processes.memory import flat, strided
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -178,7 +178,8 @@ class SlicedOptimizer:
 
     def join(self) -> None:
         """Give the optimizer its whole parameters back; its state, if wanted, is taken before."""
-        for group, whole in zip(self._optimizer.param_groups, self._wholes, strict=True):
+        # groups that somebody has added since come last
+        for group, whole in zip(self._optimizer.param_groups, self._wholes, strict=False):
             group["params"] = whole
         self._optimizer.state.clear()
 
