@@ -3,6 +3,8 @@
     python examples/ncf.py                        ratings like MovieLens', generated
     python examples/ncf.py --ratings u.data.gz    MovieLens 100k; or ratings.parquet of 1M
     python examples/ncf.py --data parquet --workers 2
+    python examples/ncf.py --runtime spark        the same on Spark, and from its DataFrames too
+    python examples/ncf.py --master spark://host:7077
 
 Trains a network that says how much a user will like a film, breaks off half-way, goes on from
 the checkpoint with another estimator, and prints how good the ten best of a hundred films are,
@@ -24,7 +26,8 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from bigdl.orca import init_orca_context
+from bigdl.orca import OrcaContext, init_orca_context
+from bigdl.orca.data import XShards
 from bigdl.orca.learn.callbacks import ModelCheckpoint
 from bigdl.orca.learn.pytorch import Estimator
 
@@ -87,7 +90,30 @@ def with_two_inputs(rows):
     return (user, item), label
 
 
-KINDS = {"arrays": as_arrays, "pandas": as_pandas, "parquet": as_parquet, "loader": as_loader}
+def as_shards(table: pd.DataFrame, folder: Path):
+    shards = XShards.partition({name: table[name].to_numpy() for name in (*INPUTS, LABEL)})
+    shards = shards.transform_shard(with_labels)
+    return {"data": shards, "batch_size": BATCH}
+
+
+def with_labels(columns):
+    """The form in which shards hold features and labels."""
+    return {"x": tuple(columns[name] for name in INPUTS), "y": columns[LABEL]}
+
+
+def as_spark(table: pd.DataFrame, folder: Path):
+    frame = OrcaContext.get_spark_session().createDataFrame(table)
+    return {"data": frame, "batch_size": BATCH, "feature_cols": INPUTS, "label_cols": LABEL}
+
+
+KINDS = {
+    "arrays": as_arrays,
+    "pandas": as_pandas,
+    "parquet": as_parquet,
+    "loader": as_loader,
+    "shards": as_shards,
+}
+ON_SPARK = {**KINDS, "spark": as_spark}  # where there is a Spark session
 
 
 # --- ratings ------------------------------------------------------------------------------------
@@ -193,7 +219,7 @@ def run(kind: str, problem: Problem, *, workers: int = 2, epochs: int = 4) -> di
     """Train, break off, go on, predict; the two measures."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        data = KINDS[kind](problem.train, folder)
+        data = ON_SPARK[kind](problem.train, folder)
         first = epochs // 2
         saver = ModelCheckpoint(str(folder / "run"))
         estimator(problem, workers).fit(**data, epochs=first, callbacks=[saver])
@@ -211,14 +237,21 @@ def run(kind: str, problem: Problem, *, workers: int = 2, epochs: int = 4) -> di
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--ratings", type=Path, help="a file of MovieLens; else generated")
-    parser.add_argument("--data", choices=[*KINDS, "all"], default="all")
+    parser.add_argument("--data", choices=[*ON_SPARK, "all"], default="all")
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--epochs", type=int, default=4)
+    parser.add_argument("--runtime", choices=["spark"], help="else processes on this machine")
+    parser.add_argument("--master", help="a Spark cluster's, as spark://host:7077")
     asked = parser.parse_args()
     problem = problem_of(generated() if asked.ratings is None else read_ratings(asked.ratings))
     print(f"{problem.users:,} users, {problem.items:,} films, {len(problem.train):,} rows")
-    with init_orca_context(cores=max(2, asked.workers)):
-        for kind in KINDS if asked.data == "all" else [asked.data]:
+    if asked.master:
+        where = {"cluster_mode": "standalone", "master": asked.master}
+    else:
+        where = {"runtime": asked.runtime, "cores": max(2, asked.workers)}
+    kinds = ON_SPARK if asked.master or asked.runtime else KINDS
+    with init_orca_context(**where):
+        for kind in kinds if asked.data == "all" else [asked.data]:
             print(kind)
             found = run(kind, problem, workers=asked.workers, epochs=asked.epochs)
             print("  " + ", ".join(f"{name} {value:.4f}" for name, value in found.items()))

@@ -152,6 +152,7 @@ def test_it_learns_the_same_from_every_kind_of_data(ncf):
     with init_orca_context(cores=2):
         found = {kind: ncf.run(kind, problem, epochs=4) for kind in ncf.KINDS}
     assert found["arrays"] == found["pandas"]
+    assert found["arrays"] == found["shards"]
     for measures in found.values():
         assert measures["HR@10"] > 0.3  # 0.1 by chance
         assert measures["NDCG@10"] > 0.15

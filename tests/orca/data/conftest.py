@@ -6,8 +6,11 @@ import os
 import shutil
 import sys
 from importlib.util import find_spec
+from pathlib import Path
 
 import pytest
+
+from bigdl.orca.data.spool_lease import Lease
 
 
 @pytest.fixture(scope="module")
@@ -20,7 +23,20 @@ def spark(tmp_path_factory):
     from pyspark.sql import SparkSession
 
     folder = tmp_path_factory.mktemp("spark")
+    names = []  # of the spools that this process has made; others make some too
+    begin = Lease.__init__
+
+    def noted(lease, *args):
+        begin(lease, *args)
+        names.append(lease.ticket.name)
+
+    def spooled_folders():
+        roots = [Path("/dev/shm"), folder / "local"]
+        found = [path for root in roots for path in root.glob("bigdl-spool-*")]
+        return {path for path in found if path.name.rpartition("-")[2] in names}
+
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Lease, "__init__", noted)
         patch.setenv("SPARK_LOCAL_IP", "127.0.0.1")
         patch.setenv("PYSPARK_PYTHON", sys.executable)
         settings = {
@@ -38,6 +54,6 @@ def spark(tmp_path_factory):
             builder = builder.config(name, value)
         session = builder.getOrCreate()
         session.sparkContext.setLogLevel("OFF")
-        session.local_dir = folder / "local"
+        session.spooled_folders = spooled_folders
         yield session
         session.stop()

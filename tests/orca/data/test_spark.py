@@ -29,11 +29,6 @@ def numbered(spark, rows):
     return whole.selectExpr("'x' unused", "id user", "id * 2 item", "double(id) label")
 
 
-def spooled_folders(session):
-    roots = [Path("/dev/shm"), Path(session.local_dir)]
-    return [path for root in roots for path in root.glob("bigdl-spool-*")]
-
-
 class SparkContract(ShardedContract):
     request = Request(feature_cols=["user", "item"], label_cols=["label"])
     recipe_bytes = 20_000
@@ -202,28 +197,28 @@ def test_the_schema_and_the_recipe(spark):
 
 def test_nothing_is_left(spark):
     sharded = adapt(numbered(spark, 50), SparkContract.request)
-    folders = spooled_folders(spark)
+    folders = spark.spooled_folders()
     assert folders
     assert {oct(folder.stat().st_mode)[-3:] for folder in folders} == {"700"}
     copy = pickle.loads(pickle.dumps(sharded))
     sharded.let_go()
-    assert spooled_folders(spark) == []
+    assert not spark.spooled_folders()
     with pytest.raises(DataError, match="Spooled rows are gone"):
         list(copy.open(0, 1).batches(4))
 
 
 def test_what_nobody_holds_goes(spark):
     sharded = adapt(numbered(spark, 50), SparkContract.request)
-    assert spooled_folders(spark)
+    assert spark.spooled_folders()
     del sharded
-    assert within(5, lambda: not spooled_folders(spark))
+    assert within(5, lambda: not spark.spooled_folders())
 
 
 def test_a_failing_plan_leaves_nothing_and_is_the_callers_own_error(spark):
     frame = spark.range(4).selectExpr("raise_error('mine') a", "id b")
     with pytest.raises(Exception, match="mine"):
         adapt(frame, Request(feature_cols=["a"], label_cols=["b"]))
-    assert spooled_folders(spark) == []
+    assert not spark.spooled_folders()
 
 
 # --- what cannot be -----------------------------------------------------------------------------
@@ -253,7 +248,7 @@ def test_misuse(spark, sql, asked, kind, text):
     request = Request(**{"feature_cols": ["a"], "label_cols": ["one"], **asked})
     with pytest.raises(kind, match=text):
         adapt(frame, request)
-    assert spooled_folders(spark) == []
+    assert not spark.spooled_folders()
 
 
 def test_no_rows(spark):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import random
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -56,11 +55,6 @@ def same():
     return Estimator.from_torch(Same())
 
 
-def folders(session):
-    roots = [Path("/dev/shm"), Path(session.local_dir)]
-    return [path for root in roots for path in root.glob("bigdl-spool-*")]
-
-
 def collected(session):
     """Wait until what no plan reads is gone."""
 
@@ -68,7 +62,7 @@ def collected(session):
         gc.collect()
         session.sparkContext._jvm.System.gc()
         let_go()
-        return not folders(session)
+        return not session.spooled_folders()
 
     return within(20, is_gone)
 
@@ -130,7 +124,7 @@ def test_files_live_as_long_as_a_plan_reads_them(spark, same):
         spark.sparkContext._jvm.System.gc()
         let_go()
     assert sorted(row.prediction for row in joined.collect()) == list(range(10))
-    assert folders(spark)
+    assert spark.spooled_folders()
     del joined
     assert collected(spark)
 
@@ -221,11 +215,11 @@ REFUSED = [
 
 @pytest.mark.parametrize(("sql", "asked", "kind", "text"), REFUSED, ids=[r[3] for r in REFUSED])
 def test_misuse(spark, same, sql, asked, kind, text):
-    before = set(folders(spark))
+    before = spark.spooled_folders()
     frame = spark.range(0, 4, 1, 2).selectExpr(sql)
     with pytest.raises(kind, match=text):
         same.predict(frame, **{"feature_cols": ["id"], **asked})
-    assert set(folders(spark)) <= before
+    assert spark.spooled_folders() <= before
 
 
 # --- streams ------------------------------------------------------------------------------------
@@ -270,7 +264,7 @@ def test_fit_and_evaluate_as_from_pandas(spark):
     frame["y"] = frame["a"] + frame["b"]
     weights, losses, scores = [], [], []
     asked = {"feature_cols": ["a", "b"], "label_cols": ["y"]}
-    before = set(folders(spark))
+    before = spark.spooled_folders()
     for data, workers in [(frame, 1), (spark.createDataFrame(frame).coalesce(1), 1),
                           (spark.createDataFrame(frame), 2)]:  # fmt: skip
         model = Linear()
@@ -284,11 +278,11 @@ def test_fit_and_evaluate_as_from_pandas(spark):
     np.testing.assert_array_equal(losses[1], losses[0])
     np.testing.assert_allclose(weights[2], weights[0], rtol=1e-5, atol=1e-6)
     assert scores[1] == scores[0] == pytest.approx(scores[2], rel=1e-5)
-    assert set(folders(spark)) <= before
+    assert spark.spooled_folders() <= before
 
 
 def test_what_a_failing_fit_spooled_is_gone_though_its_error_is_held(spark):
-    before = set(folders(spark))
+    before = spark.spooled_folders()
     model = Linear()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
     estimator = Estimator.from_torch(model, optimizer, torch.nn.MSELoss())
@@ -296,4 +290,4 @@ def test_what_a_failing_fit_spooled_is_gone_though_its_error_is_held(spark):
     with pytest.raises(TypeError, match="takes 3 positional") as held:
         estimator.fit(frame, feature_cols=["a", "b", "b"], label_cols=["a"])
     assert held.value is not None
-    assert set(folders(spark)) <= before
+    assert spark.spooled_folders() <= before

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import datetime
 import decimal
-from pathlib import Path
 
 import pytest
 
@@ -21,11 +20,6 @@ pytestmark = pytest.mark.filterwarnings("ignore::ResourceWarning")  # py4j's soc
 def _context():
     with init_orca_context(cores=2):
         yield
-
-
-def folders(session):
-    roots = [Path("/dev/shm"), Path(session.local_dir)]
-    return {path for root in roots for path in root.glob("bigdl-spool-*")}
 
 
 def rich(spark):
@@ -84,11 +78,11 @@ def test_work_on_shards_between(spark):
 
 
 def test_files_go_with_the_shards(spark):
-    before = folders(spark)
+    before = spark.spooled_folders()
     shards = XShards.from_spark_df(spark.range(9))
-    assert folders(spark) > before
+    assert spark.spooled_folders() > before
     del shards
-    assert folders(spark) <= before
+    assert spark.spooled_folders() <= before
 
 
 def test_shards_that_know_less_than_others(spark):

@@ -24,7 +24,7 @@ from bigdl._base.environment import stay_on
 from bigdl._base.errors import DataError
 from bigdl.orca.engines import store
 from bigdl.orca.engines.outcome import failed
-from bigdl.orca.engines.pickling import dumps
+from bigdl.orca.engines.pickling import dumps, search_abroad
 from bigdl.orca.engines.store import DONE, PIECE
 from bigdl.orca.engines.worker import run_member, sending
 
@@ -210,8 +210,7 @@ def _settle(order: Order, ground: list[str] | None) -> None:
     if ground is None:
         sys.path[:] = order.search_path
     else:
-        there = [path for path in order.search_path if os.path.exists(path or os.curdir)]
-        sys.path[:] = [*ground, *(path for path in there if path not in ground)]
+        sys.path[:] = search_abroad(ground, order.search_path)
     if os.getcwd() != order.folder and (ground is None or os.path.isdir(order.folder)):
         os.chdir(order.folder)
     stay_on(order.cpus)

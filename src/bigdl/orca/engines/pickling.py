@@ -5,13 +5,17 @@ Standard library only.
 
 from __future__ import annotations
 
+import os
 import pickle
 import sys
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from bigdl._base import workers
 
-__all__ = ["dumps"]
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+__all__ = ["dumps", "dumps_abroad", "loads_abroad", "search_abroad"]
 
 _ATOMS = frozenset({type(None), bool, int, float, complex, str, bytes})
 _LISTS = frozenset({list, tuple, set, frozenset})
@@ -27,6 +31,25 @@ def dumps(value: Any) -> bytes:
     if _plain(value, _ITEM_LIMIT) >= 0:
         return pickle.dumps(value, protocol=pickle.HIGHEST_PROTOCOL)
     return workers.dumps(value)
+
+
+def dumps_abroad(value: Any) -> bytes:
+    """Pickle ``value`` for processes that no engine has started; ``loads_abroad`` reads it."""
+    return pickle.dumps(([path or os.getcwd() for path in sys.path], dumps(value)))
+
+
+def loads_abroad(data: bytes) -> Any:
+    """What ``dumps_abroad`` was given; the caller's modules are found where it finds them."""
+    paths, pickled = pickle.loads(data)
+    sys.path[:] = search_abroad(sys.path, paths)
+    return pickle.loads(pickled)
+
+
+def search_abroad(ground: Sequence[str], paths: Sequence[str]) -> list[str]:
+    """A search path for the caller's modules: this process' own, then as much of the caller's
+    as there is on this host."""
+    there = [path for path in paths if os.path.exists(path or os.curdir)]
+    return [*ground, *(path for path in there if path not in ground)]
 
 
 def _plain(value: Any, left: int) -> int:

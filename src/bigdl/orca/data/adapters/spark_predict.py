@@ -24,7 +24,7 @@ from bigdl.orca.data.contract import DEFAULT_BATCH_SIZE, OutputSchema, Schema
 from bigdl.orca.data.memory import Shaping, as_numpy, batch_of, each_batch
 from bigdl.orca.data.outputs import check_names, named_outputs
 from bigdl.orca.data.spool_write import Converted
-from bigdl.orca.engines.pickling import dumps
+from bigdl.orca.engines.pickling import dumps_abroad, loads_abroad
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -124,7 +124,7 @@ class SparkToPredict:
             ) from exc
         schema = replace(schema, sample=sample)
         work = _Predicting(rows, _travelling(fn), schema, size, tuple(frame.columns))
-        mapped = by_place(frame).mapInArrow(_map_task(dumps(work)), _schema_of(frame, work))
+        mapped = by_place(frame).mapInArrow(_map_task(dumps_abroad(work)), _schema_of(frame, work))
         return mapped.toDF(*frame.columns, *work.names)
 
 
@@ -202,7 +202,7 @@ def _map_task(work: bytes) -> Callable[[Iterator[pa.RecordBatch]], Iterator[pa.R
     """Of a stream: rows come, and go on with their predictions."""
 
     def task(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
-        predict = pickle.loads(work)
+        predict = loads_abroad(work)
         for batch in batches:
             if batch.num_rows:
                 yield predict(batch)
@@ -216,7 +216,7 @@ def _read_task(
     """Of spooled rows: the numbers of groups of files come, and their rows go on."""
 
     def task(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
-        predict, groups = pickle.loads(work), pickle.loads(shards)
+        predict, groups = loads_abroad(work), pickle.loads(shards)
         for batch in batches:
             for number in batch.column(0).to_pylist():
                 files = groups[number]
@@ -238,7 +238,7 @@ def _over(frame: Any, shards: Shards, work: _Predicting) -> Any:
         numbers = session.range(0)
     else:
         numbers = session.range(0, len(groups), 1, len(groups))
-    task = _read_task(dumps(work), pickle.dumps(groups))
+    task = _read_task(dumps_abroad(work), pickle.dumps(groups))
     found = numbers.mapInArrow(task, schema).toDF(*frame.columns, *work.names)
     keep(found, shards)
     return found
