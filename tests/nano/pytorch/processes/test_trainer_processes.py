@@ -18,9 +18,12 @@ from bigdl.errors import ArgumentError, ConfigError, WorkerError, WorkerLostErro
 from bigdl.nano.pytorch import Trainer
 
 pytestmark = [
-    pytest.mark.filterwarnings("ignore::UserWarning"),
-    pytest.mark.filterwarnings("ignore::FutureWarning"),
-    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
+    pytest.mark.filterwarnings(
+        "ignore:The '(train|val|test|predict)_dataloader' does not have many workers",
+        "ignore:The number of training batches",
+        "ignore:`isinstance.treespec, LeafSpec.` is deprecated",
+        "ignore:You defined a `validation_step` but have no `val_dataloader`",
+    ),
 ]
 
 _QUIET: dict[str, Any] = {

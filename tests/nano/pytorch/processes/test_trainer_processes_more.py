@@ -31,9 +31,14 @@ from bigdl.nano.pytorch import Trainer
 
 pytestmark = [
     pytest.mark.skipif(sys.platform != "linux", reason="worker processes, cores"),
-    pytest.mark.filterwarnings("ignore::UserWarning"),
-    pytest.mark.filterwarnings("ignore::FutureWarning"),
-    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
+    pytest.mark.filterwarnings(
+        "ignore:The '(train|val|test|predict)_dataloader' does not have many workers",
+        "ignore:The number of training batches",
+        "ignore:You're resuming from a checkpoint that ended before the epoch",
+        "ignore:predict returned None if it was on purpose",
+        "ignore:`isinstance.treespec, LeafSpec.` is deprecated",
+        "ignore:You defined a `validation_step` but have no `val_dataloader`",
+    ),
 ]
 
 SLOW = pytest.mark.slow
