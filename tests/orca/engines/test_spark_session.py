@@ -171,6 +171,18 @@ def _contract(folder: Path, url: str) -> Path:
             @classmethod
             def open_engine(cls):
                 return _open()
+
+            def test_the_package_reaches_functions_that_spark_runs(self, engine):
+                def where(batches):
+                    import bigdl
+                    import pyarrow
+
+                    for _ in batches:
+                        yield pyarrow.RecordBatch.from_pydict({{"at": [bigdl.__file__]}})
+
+                rows = engine.spark.range(0, 4, 1, 4).mapInArrow(where, "at string").collect()
+                assert rows
+                assert all(".zip/bigdl/" in row.at for row in rows)
         """)
     )
     return file

@@ -50,6 +50,11 @@ class SparkEngine(QueuedEngine):
         self._session = session
         self._keeper = Workers()
         self._places: SparkPlaces | None = None
+        try:
+            session.carry(self._keeper.scratch)
+        except BaseException:
+            self._keeper.close()
+            raise
 
     @classmethod
     def open(cls, settings: EngineSettings) -> SparkEngine:

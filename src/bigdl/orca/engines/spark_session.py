@@ -34,6 +34,9 @@ from bigdl.orca.engines.spark_conf import (
 )
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
     from bigdl.orca.engines.base import EngineSettings
     from bigdl.orca.engines.host import Entrance
 
@@ -178,6 +181,23 @@ class Session:
             self._context.setLocalProperty("spark.job.description", f"bigdl: {many} seats")
         rows = self.spark.range(0, many, 1, many)
         rows.mapInArrow(fn, "seat long").collect()
+
+    def carry(self, folder: Callable[[], Path]) -> None:
+        """Have our package importable wherever Spark runs Python functions of ours itself.
+
+        Only in a session on other machines that was started here: seats see to themselves.
+
+        Args:
+            folder: Gives one that lives as long as the session: executors fetch from there.
+        """
+        if self._changes is None or self._context is None or self.is_here:
+            return
+        mark, zipped = package()
+        path = folder() / f"bigdl-{mark}.zip"  # seats look for this name
+        path.write_bytes(zipped)
+        before = list(sys.path)
+        self._context.addPyFile(str(path))
+        sys.path[:] = before  # this process has the package
 
     def stop(self) -> None:
         """End what we have started."""
