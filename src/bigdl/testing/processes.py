@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
-__all__ = ["are_gone", "is_alive", "within"]
+__all__ = ["are_gone", "is_alive", "lineage", "within"]
 
 
 def is_alive(pid: int) -> bool:
@@ -29,6 +29,15 @@ def are_gone(pids: Iterable[int], within_s: float = 15.0) -> bool:
     """Whether none of ``pids`` runs any more, at the latest in ``within_s`` seconds."""
     left = list(pids)
     return within(within_s, lambda: not any(map(is_alive, left)))
+
+
+def lineage(pid: int) -> list[int]:
+    """A process, its parent, and so on up to the first of all, which is left out."""
+    pids = []
+    while pid > 1:
+        pids.append(pid)
+        pid = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+    return pids
 
 
 def within(seconds: float, claim: Callable[[], bool]) -> bool:

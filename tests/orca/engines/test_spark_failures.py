@@ -14,7 +14,7 @@ import pytest
 from bigdl.errors import WorkerLostError
 from bigdl.orca.engines import ENGINES
 from bigdl.orca.engines.base import EngineSettings
-from bigdl.testing.processes import are_gone, is_alive
+from bigdl.testing.processes import are_gone, is_alive, lineage
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 
@@ -28,16 +28,7 @@ def engine():
     engine.close()
 
 
-def _above(pid: int) -> list[int]:
-    """A process and those above it: worker, nursery, seat, daemon, executor."""
-    pids = []
-    while pid > 1:
-        pids.append(pid)
-        with open(f"/proc/{pid}/stat") as file:
-            pid = int(file.read().rpartition(")")[2].split()[1])
-    return pids
-
-
+# Above a worker.
 ABOVE = {"worker": 0, "nursery": 1, "Python worker": 2, "executor": 4, "daemon": 3}
 
 
@@ -56,7 +47,7 @@ def test_what_dies_ends_the_gang(engine, victim, tmp_path):
         pids[rank] = event
         if len(pids) == 2:
             killed_at.append(time.monotonic())
-            os.kill(_above(pids[1][0])[ABOVE[victim]], signal.SIGKILL)
+            os.kill(lineage(pids[1][0])[ABOVE[victim]], signal.SIGKILL)
 
     with pytest.raises(WorkerLostError) as caught:
         engine.gang(_work, 2, args_of=lambda _: (tmp_path,), on_event=listen)
@@ -71,7 +62,9 @@ def test_what_dies_ends_the_gang(engine, victim, tmp_path):
 def test_work_of_others_goes_on(engine):
     """A task that dies takes nothing with it that runs elsewhere."""
     other = engine.submit(lambda: (time.sleep(3), "done")[1])
-    task = engine.submit(lambda: (os.kill(_above(os.getpid())[2], signal.SIGKILL), time.sleep(60)))
+    task = engine.submit(
+        lambda: (os.kill(lineage(os.getpid())[2], signal.SIGKILL), time.sleep(60))
+    )
     with pytest.raises(WorkerLostError, match="Spark task it ran in is gone"):
         task.result(timeout_s=30)
     assert other.result(timeout_s=30) == "done"

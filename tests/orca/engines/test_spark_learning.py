@@ -15,6 +15,7 @@ from bigdl.orca.engines import ENGINES
 from bigdl.orca.engines.base import EngineSettings
 from bigdl.orca.learn.callbacks import Callback, ModelCheckpoint
 from bigdl.orca.learn.pytorch import Estimator
+from bigdl.testing.processes import lineage
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -87,11 +88,7 @@ class KillOnce(Callback):
     def on_step_end(self, state):
         if state.step == self.step and not self.mark.exists():
             self.mark.touch()
-            pid = os.getpid()
-            for _ in range(self.above):
-                with open(f"/proc/{pid}/stat") as file:
-                    pid = int(file.read().rpartition(")")[2].split()[1])
-            os.kill(pid, signal.SIGKILL)
+            os.kill(lineage(os.getpid())[self.above], signal.SIGKILL)
 
 
 @pytest.mark.parametrize(

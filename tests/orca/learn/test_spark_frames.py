@@ -15,6 +15,7 @@ from torch import nn
 from bigdl.orca import init_orca_context
 from bigdl.orca.learn.callbacks import Callback, ModelCheckpoint
 from bigdl.orca.learn.pytorch import Estimator
+from bigdl.testing.processes import lineage
 
 pd = pytest.importorskip("pandas")
 pytest.importorskip("pyspark")
@@ -133,11 +134,7 @@ class KillOnce(Callback):
     def on_step_end(self, state):
         if state.step == self.step and not self.mark.exists():
             self.mark.touch()
-            pid = os.getpid()
-            for _ in range(self.above):
-                with open(f"/proc/{pid}/stat") as file:
-                    pid = int(file.read().rpartition(")")[2].split()[1])
-            os.kill(pid, signal.SIGKILL)
+            os.kill(lineage(os.getpid())[self.above], signal.SIGKILL)
 
 
 @pytest.mark.slow
