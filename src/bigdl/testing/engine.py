@@ -83,7 +83,7 @@ class EngineContract:
 
     def test_it_has_slots_and_facts(self, engine: Engine) -> None:
         assert isinstance(engine, Engine)
-        assert engine.slots() >= 4
+        assert engine.slots() >= engine.node_slots() >= 4
         found = engine.preflight()
         assert found.faults() == []
         assert found.nodes

@@ -6,7 +6,13 @@ import pytest
 
 from bigdl.errors import ConfigError
 from bigdl.orca.engines.base import EngineSettings
-from bigdl.orca.engines.spark_conf import contradictions, session_conf, session_env, slots_of
+from bigdl.orca.engines.spark_conf import (
+    contradictions,
+    executor_cores,
+    session_conf,
+    session_env,
+    slots_of,
+)
 
 COMMON = {
     "spark.app.name": "bigdl",
@@ -155,3 +161,18 @@ def test_what_agrees_with_a_running_session_contradicts_nothing():
         EngineSettings(cores=4, memory_bytes=2 << 30, conf={"a": 1}),
     ):
         assert contradictions(settings, running, 4) == []
+
+
+@pytest.mark.parametrize(
+    ("settings", "cores"),
+    [
+        ({"spark.master": "local[4]"}, None),
+        ({"spark.master": "local-cluster[2,3,1024]"}, 3),
+        ({"spark.master": "spark://far:7077", "spark.executor.cores": "8"}, 8),
+        ({"spark.master": "spark://far:7077"}, None),
+        ({"spark.master": "yarn"}, 1),
+        ({"spark.master": "k8s://https://far"}, 1),
+    ],
+)
+def test_cores_of_an_executor(settings, cores):
+    assert executor_cores(settings) == cores

@@ -140,10 +140,12 @@ class Shards:
             DataError: It is gone.
         """
         try:
-            yield pa.ipc.open_file(pa.BufferReader(_mapped(shard)))
-            return
+            mapped = _mapped(shard)
         except OSError:  # of another host, or not for us to open
-            pass
+            mapped = None
+        if mapped is not None:
+            yield pa.ipc.open_file(pa.BufferReader(mapped))
+            return
         try:
             remote = _Remote(shard, self.token)
         except OSError as exc:

@@ -70,7 +70,7 @@ def guard(*, folders: list[str], owner: tuple[str, int], token: str) -> None:
         line = socket.create_connection(owner, timeout=_PATIENCE_S)
         _settle(line)
         _prove(line, token)
-        with socket.create_server((line.getsockname()[0], 0)) as door:
+        with socket.create_server((line.getsockname()[0], 0), family=line.family) as door:
             threading.Thread(target=_serve, args=(door, made, token), daemon=True).start()
             _say_where(made, door.getsockname())
             line.settimeout(None)

@@ -13,6 +13,7 @@ import os
 import secrets
 import socket
 import threading
+import time
 from dataclasses import dataclass
 
 from bigdl._base import wire
@@ -23,6 +24,7 @@ __all__ = ["Lease", "Ticket", "call"]
 #: Guards have so long to remove what they keep before the owner goes on without waiting.
 _REMOVAL_S = 10.0
 _PATIENCE_S = 10.0
+_AGAIN_S = 0.05
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,7 +59,8 @@ class Lease:
 
     def __init__(self, address: str = "127.0.0.1") -> None:
         try:
-            self._door = socket.create_server((address, 0))
+            family = socket.AF_INET6 if ":" in address else socket.AF_INET
+            self._door = socket.create_server((address, 0), family=family)
         except OSError as exc:
             raise ConfigError(
                 f"Guards of spooled data cannot call at {address!r}: {exc}. It is Spark's "
@@ -71,7 +74,7 @@ class Lease:
         )
         self._pid = os.getpid()
         self._lines: list[socket.socket] = []
-        self._is_closed = False
+        self._is_closed = self._is_sealed = False
         self._changing = threading.Lock()
         threading.Thread(target=self._hear, name="spool-lease", daemon=True).start()
 
@@ -83,6 +86,7 @@ class Lease:
 
     def seal(self) -> None:
         """No further guard may call: all is written."""
+        self._is_sealed = True
         with contextlib.suppress(OSError):
             self._door.shutdown(socket.SHUT_RDWR)  # wakes who waits for a call
         self._door.close()
@@ -107,8 +111,11 @@ class Lease:
         while True:
             try:
                 line, _ = self._door.accept()
-            except OSError:  # sealed
-                return
+            except OSError:
+                if self._is_sealed:
+                    return
+                time.sleep(_AGAIN_S)  # no file descriptor was free, or the caller has gone
+                continue
             threading.Thread(target=self._greet, args=(line,), daemon=True).start()
 
     def _greet(self, line: socket.socket) -> None:

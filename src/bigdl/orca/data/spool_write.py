@@ -10,6 +10,7 @@ import contextlib
 import errno
 import json
 import os
+import subprocess
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -79,7 +80,10 @@ def written(order: Order, partition: int, batches: Iterable[pa.RecordBatch]) -> 
     first = next(rows, None)
     if first is None:
         return []
-    site = _site(order)
+    try:
+        site = _site(order)
+    except (DataError, subprocess.SubprocessError) as exc:
+        return [json.dumps({"partition": partition, "error": str(exc), "is_cause": True})]
     if site.has_failed:
         return [json.dumps({"partition": partition, "error": "another partition failed"})]
     writer = _Writer(order, site, partition)
@@ -113,6 +117,10 @@ def _site(order: Order) -> Site:
     return Site(order.ticket, order.roots, shm)
 
 
+#: Blocks may be so many times larger than meant before the next file has smaller ones.
+_COARSE = 4
+
+
 @dataclass
 class _Writer:
     """Cuts rows into blocks, blocks into files."""
@@ -134,20 +142,26 @@ class _Writer:
 
     def take(self, batches: Sequence[pa.RecordBatch]) -> None:
         for batch in batches:
-            if not self._block_rows:
-                each = max(1, batch.nbytes // batch.num_rows)
-                self._block_rows = max(1, BLOCK_BYTES // each)
+            fitting = max(1, BLOCK_BYTES // max(1, batch.nbytes // batch.num_rows))
+            if self._block_rows > _COARSE * fitting:  # rows have become far larger
+                self._finish()
+                self._block_rows = 0
+            self._block_rows = self._block_rows or fitting
             self._held.append(batch)
             self._held_rows += batch.num_rows
-        while self._held_rows >= self._block_rows:
-            self._block(self._block_rows)
+            while self._held_rows >= self._block_rows:
+                self._block(self._block_rows)
 
-    def end(self) -> list[dict[str, Any]]:
-        """Write what is left; the notes."""
+    def _finish(self) -> None:
+        """Write what is held, and end the file: only its last block may be short."""
         while self._held_rows:
             self._block(min(self._held_rows, self._block_rows))
         if self._file is not None:
             self._close()
+
+    def end(self) -> list[dict[str, Any]]:
+        """Write what is left; the notes."""
+        self._finish()
         if self.nulls:
             pairs = list(self.nulls.items())
             return [{"partition": self.partition, "nulls": pairs, "rows": self.total}]

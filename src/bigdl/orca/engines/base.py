@@ -7,6 +7,7 @@ caller. ``bigdl.testing.engine`` has the tests that every engine passes.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeVar, runtime_checkable
 
@@ -26,7 +27,6 @@ __all__ = [
     "check_gang",
     "check_task",
     "closed",
-    "cores_of",
 ]
 
 T_co = TypeVar("T_co", covariant=True)
@@ -63,10 +63,11 @@ class GangSetup:
 
     Args:
         cores: Slots a worker; each has so many threads, and cores of its own where the engine
-            can give it some. None = slots ÷ workers, at least 1.
+            can give it some. None = an equal part of its node's, at least 1.
         env: Variables for the workers, set before their interpreter starts.
         preload: Modules that an engine may import before the work comes, to start sooner.
-        start_timeout_s: Within so many seconds all workers run, or none does.
+        start_timeout_s: Within so many seconds all workers run, or none does. None = what the
+            engine thinks right.
         silence_s: A worker from which no event comes for so long is taken for hung, and the gang
             ends with a ``WorkerLostError``. A function is asked anew each time; None = never.
         on_output: Called in the caller with (rank, text) for whole lines that a worker has
@@ -76,7 +77,7 @@ class GangSetup:
     cores: int | None = None
     env: Mapping[str, str] = field(default_factory=dict)
     preload: tuple[str, ...] = ()
-    start_timeout_s: float = 60.0
+    start_timeout_s: float | None = None
     silence_s: float | Callable[[], float] | None = None
     on_output: Callable[[int, str], None] | None = None
 
@@ -84,7 +85,7 @@ class GangSetup:
         wrong = []
         if self.cores is not None and self.cores < 1:
             wrong.append(f"cores={self.cores} (need >= 1)")
-        if not self.start_timeout_s > 0:
+        if self.start_timeout_s is not None and not self.start_timeout_s > 0:
             wrong.append(f"start_timeout_s={self.start_timeout_s} (need > 0)")
         if self.silence_s is not None and not callable(self.silence_s) and self.silence_s <= 0:
             wrong.append(f"silence_s={self.silence_s} (need > 0, or None)")
@@ -153,6 +154,9 @@ class Engine(Protocol):
 
     def slots(self) -> int:
         """How many cores' worth of work it does at once, on all nodes together."""
+
+    def node_slots(self) -> int:
+        """The most slots that one worker can have anywhere: those of a node, the smallest."""
 
     def preflight(self) -> Preflight:
         """Ask every node for the facts that work depends on; takes a few seconds at most."""
@@ -237,27 +241,41 @@ class Engine(Protocol):
 # --- what every engine checks and says alike ----------------------------------------------------
 
 
-def check_gang(workers: int, cores: int | None, slots: int) -> int:
+def check_gang(
+    workers: int, cores: int | None, slots: int, node: int | None = None, grain: int = 1
+) -> int:
     """Refuse a gang that ``slots`` cannot hold; slots a worker.
+
+    Args:
+        workers: As asked.
+        cores: As asked; None = an equal part.
+        slots: Of all nodes.
+        node: Of one node; None = there is one.
+        grain: Slots are given in multiples of so many.
 
     Raises:
         ConfigError: With what was asked, and what there is.
     """
     if isinstance(workers, bool) or not isinstance(workers, int) or workers < 1:
         raise ConfigError(f"A gang of {workers!r} workers cannot be: need a whole number >= 1.")
-    each = cores_of(workers, slots) if cores is None else cores
-    if workers * each > slots:
+    node = min(node or slots, slots)
+    nodes = slots // node
+    each = cores
+    if each is None:
+        each = max(1, node // math.ceil(workers / nodes))
+        each -= each % grain if each > grain else 0
+    taken = math.ceil(each / grain) * grain
+    most = nodes * (node // taken)
+    if workers > most:
         of = f" of {each} cores" if each > 1 else ""
+        offer = f"{slots} slots" + (f", {node} a node" if nodes > 1 else "")
+        offer += f", {grain} a task" if grain > 1 else ""
+        advice = f"Use at most {most} workers{of}" if most else f"Use at most {node} cores each"
         raise ConfigError(
-            f"asked {workers} workers{of}, the cluster offers {slots} slots. Use at most "
-            f"{slots // each or 1} workers{of}, or start the context with more cores."
+            f"asked {workers} workers{of}, the cluster offers {offer}. {advice}, or start the "
+            "context with more cores."
         )
     return each
-
-
-def cores_of(workers: int, slots: int) -> int:
-    """Slots for each of ``workers`` that share ``slots``, at least 1."""
-    return max(1, slots // workers)
 
 
 def check_task(cores: int, slots: int) -> None:

@@ -11,7 +11,8 @@ import queue
 import threading
 import time
 import uuid
-from typing import TYPE_CHECKING, Any, TypeVar, cast
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar, cast
 
 from bigdl._base.errors import ArgumentError, WorkerError
 from bigdl._base.rendezvous import Rendezvous
@@ -45,6 +46,11 @@ class QueuedEngine:
         address: Where workers reach the caller.
     """
 
+    #: A gang starts in so many seconds, where nothing else is said.
+    start_limit_s: ClassVar[float] = 60.0
+    #: Slots are given in multiples of so many.
+    grain = 1
+
     def __init__(self, slots: int, address: str = "127.0.0.1") -> None:
         self._slots = slots
         self._address = address
@@ -76,6 +82,10 @@ class QueuedEngine:
         self._check()
         return self._slots
 
+    def node_slots(self) -> int:
+        """As ``Engine.node_slots``; here all are on one node."""
+        return self.slots()
+
     # --- calls ---
 
     def submit(
@@ -87,7 +97,7 @@ class QueuedEngine:
     ) -> Task[T]:
         """As ``Engine.submit``. A function that ends the process does not end the engine."""
         self._check()
-        check_task(cores, self._slots)
+        check_task(cores, self.node_slots())
         service = self._start()
         with noticed() as refs:
             call = self._parcel(dumps(fn)), self._parcel(dumps(args))
@@ -107,7 +117,10 @@ class QueuedEngine:
         """As ``Engine.gang``. What the workers write goes to our stderr, line by line."""
         self._check()
         setup = setup or GangSetup()
-        cores = check_gang(workers, setup.cores, self._slots)
+        if setup.start_timeout_s is None:
+            setup = replace(setup, start_timeout_s=self.start_limit_s)
+        limit_s = cast("float", setup.start_timeout_s)
+        cores = check_gang(workers, setup.cores, self._slots, self.node_slots(), self.grain)
         asked = time.time()
         service = self._start()
         with noticed() as refs:
@@ -121,9 +134,7 @@ class QueuedEngine:
         kind = self._kind(cores, env=setup.env, preload=setup.preload, once=True)
         mail: queue.SimpleQueue[Any] = queue.SimpleQueue()
         name = f"gang-{uuid.uuid4().hex}"
-        with Rendezvous(
-            workers, address=self._address, timeout_s=setup.start_timeout_s
-        ) as rendezvous:
+        with Rendezvous(workers, address=self._address, timeout_s=limit_s) as rendezvous:
             jobs = [
                 Job(
                     maker(

@@ -44,10 +44,13 @@ class SparkEngine(QueuedEngine):
     """
 
     name: ClassVar[str] = "spark"
+    start_limit_s: ClassVar[float] = 120.0  # executors may have to start first
 
     def __init__(self, session: Session) -> None:
         super().__init__(session.slots(), session.address)
         self._session = session
+        self._node_slots = min(session.node_slots, self._slots)
+        self.grain = session.cores_each
         self._keeper = Workers()
         self._places: SparkPlaces | None = None
         try:
@@ -74,6 +77,11 @@ class SparkEngine(QueuedEngine):
         """The SparkSession."""
         self._check()
         return self._session.spark
+
+    def node_slots(self) -> int:
+        """As ``Engine.node_slots``: an executor's, as its tasks share one machine for certain."""
+        self._check()
+        return self._node_slots
 
     def preflight(self) -> Preflight:
         """As ``Engine.preflight``: asks for all slots, and hears who offers them.

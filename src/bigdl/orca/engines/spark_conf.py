@@ -166,6 +166,17 @@ def slots_of(conf: Mapping[str, str], cores: int) -> int | None:
     return int(many) * int(each) if many is not None and each is not None else None
 
 
+def executor_cores(conf: Mapping[str, str]) -> int | None:
+    """Cores of each executor with these settings; None = they have to say."""
+    master = conf.get("spark.master", "")
+    if match := _CLUSTER.fullmatch(master):
+        return int(match[2])
+    each = conf.get("spark.executor.cores")
+    if each is None and master.startswith(("yarn", "k8s://")):
+        each = "1"  # their default
+    return int(each) if each is not None else None
+
+
 def contradictions(settings: EngineSettings, conf: Mapping[str, str], slots: int) -> list[str]:
     """What was asked that a running session has otherwise, in words.
 

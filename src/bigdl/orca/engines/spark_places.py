@@ -187,17 +187,19 @@ class SparkPlaces:
         return self._folder
 
     def claim(self, jobs: Sequence[Job]) -> list[Place] | None:
-        if self._fault is not None:
-            fault, self._fault = self._fault, None
-            raise fault
         needs = [self._seats_for(job.cores) for job in jobs]
         found = self._choose(needs, [job.kind for job in jobs])
+        if found is None and self._fault is not None:
+            fault, self._fault = self._fault, None
+            raise fault
         return None if found is None else [_SparkPlace(self, seats) for seats in found]
 
     def want(self, slots: Sequence[int]) -> None:
         """Ask Spark for what is missing, as far as it has it."""
         self._is_wanting = bool(slots)
         if not slots:
+            if not self._is_asking_all:
+                self._fault = None  # nobody is left whom it concerns
             return
         needs = [self._seats_for(many) for many in slots]
         free = sum(seat.is_free for seat in self._seats.values())
@@ -222,8 +224,8 @@ class SparkPlaces:
         return self._total - len(self._seats) - awaited
 
     def free_slots(self) -> int:
-        held = sum(seat.place is not None for seat in self._seats.values())
-        return max(0, self._total - held) * self._cores
+        """Of the tasks that Spark runs for us now."""
+        return sum(seat.is_free for seat in self._seats.values()) * self._cores
 
     def ready(self, process: Process, hello: bytes) -> str:
         handle = process.handle

@@ -27,6 +27,7 @@ from bigdl._base.optional import need
 from bigdl.orca.engines import spark_entry
 from bigdl.orca.engines.spark_conf import (
     contradictions,
+    executor_cores,
     is_here,
     session_conf,
     session_env,
@@ -34,13 +35,13 @@ from bigdl.orca.engines.spark_conf import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
     from pathlib import Path
 
     from bigdl.orca.engines.base import EngineSettings
     from bigdl.orca.engines.host import Entrance
 
-__all__ = ["Session", "package"]
+__all__ = ["Session", "address_of", "package"]
 
 _EXECUTORS_S = 120.0
 # Those that pyspark sets in the process of a session, for its own later calls.
@@ -116,14 +117,7 @@ class Session:
     @property
     def address(self) -> str:
         """Where its tasks find this process."""
-        if self.is_here:
-            return "127.0.0.1"
-        if self._context is not None:
-            return self.conf.get("spark.driver.host") or socket.gethostname()
-        host, port = self.spark.client._builder.host, 15002  # the interface that leads there
-        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
-            sock.connect((host, port))
-            return str(sock.getsockname()[0])
+        return address_of(self.spark, self.conf)
 
     @property
     def cores_each(self) -> int:
@@ -135,7 +129,8 @@ class Session:
         """How many tasks it runs at once."""
         known = slots_of(self.conf, machine.cores())
         if known is not None:
-            return max(1, known // self.cores_each)
+            each = min(executor_cores(self.conf) or known, known)
+            return max(1, known // each * (each // self.cores_each))
         if self._context is None:
             return self._partitions()
         return self._offered()
@@ -143,6 +138,21 @@ class Session:
     def slots(self) -> int:
         """Cores' worth of work at once."""
         return self.tasks * self.cores_each
+
+    @functools.cached_property
+    def node_slots(self) -> int:
+        """Cores' worth of work that one executor does at once; all of it if all is here."""
+        if self.is_here:
+            return self.slots()
+        each = executor_cores(self.conf)
+        if each is None and self._context is not None:
+            store: Any = self._context._jsc.sc().statusStore()
+            found = store.executorList(True)
+            ones = [found.apply(i) for i in range(found.size())]
+            each = min((int(e.totalCores()) for e in ones if e.id() != "driver"), default=None)
+        if not each:
+            return self.slots()
+        return max(1, each // self.cores_each) * self.cores_each
 
     def _offered(self) -> int:
         """What the executors that are there run at once, waiting for the first."""
@@ -157,9 +167,14 @@ class Session:
             elif found and time.monotonic() - since > 2.0:  # no more are coming
                 return found
             time.sleep(0.1)
+        advice = "Does its master have workers with enough free cores and memory?"
+        if self.conf.get("spark.dynamicAllocation.enabled", "false").lower() == "true":
+            advice = (
+                "It starts them as work needs them (dynamic allocation): say how many there may "
+                "be, by spark.dynamicAllocation.maxExecutors and spark.executor.cores."
+            )
         raise TimeLimitError(
-            f"The Spark cluster has given no executor within {_EXECUTORS_S:g} s. Does its "
-            "master have workers with enough free cores and memory?"
+            f"The Spark cluster has given no executor within {_EXECUTORS_S:g} s. {advice}"
         )
 
     def _partitions(self) -> int:
@@ -250,6 +265,26 @@ def _running() -> Any:
     session = SparkSession._instantiatedSession
     usable = session is not None and session._sc._jsc is not None
     return session if usable else SparkSession(context)
+
+
+def address_of(spark: Any, conf: Mapping[str, str]) -> str:
+    """Where the tasks of a session find this process.
+
+    Args:
+        spark: The session.
+        conf: Its settings.
+    """
+    if _is_remote(spark):  # the interface that leads to its server
+        host = spark.client._builder.host.strip("[]")
+        found = socket.getaddrinfo(host, 15002, type=socket.SOCK_DGRAM)  # nothing is sent there
+        family, kind, proto, _, target = found[0]
+        with socket.socket(family, kind, proto) as sock:
+            sock.connect(target)
+            address = str(sock.getsockname()[0])
+        return "127.0.0.1" if address == "::1" else address
+    if is_here(conf.get("spark.master", "local")):
+        return "127.0.0.1"
+    return conf.get("spark.driver.host") or socket.gethostname()
 
 
 def _need_java() -> None:

@@ -367,8 +367,8 @@ class BaseEstimator(Kept):
         return current_engine()
 
     def _number(self, engine: Engine) -> int:
-        if self._workers is None:
-            return 1
+        if self._workers is None:  # one a node
+            return max(1, engine.slots() // engine.node_slots())
         if isinstance(self._workers, int):
             return self._workers
         least, most = self._workers

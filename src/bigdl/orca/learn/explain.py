@@ -186,7 +186,7 @@ def explain(
         NotReadyError: There is no optimizer or no loss.
         DataError: There are no rows.
     """
-    cores = engine.slots()
+    cores = engine.node_slots()
     preload = tuple(getattr(job.program, "preload", ()))
     runs = 2 * len(_SHARES) + 1
     each_s = budget_s / runs

@@ -8,6 +8,7 @@ more. Over Spark Connect there is no JVM to ask; the files live as long as the s
 
 from __future__ import annotations
 
+import logging
 import threading
 import weakref
 from typing import TYPE_CHECKING, Any
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
     from bigdl.orca.data.spool import Shards
 
 __all__ = ["keep", "let_go"]
+
+logger = logging.getLogger(__name__)
 
 #: Seconds between looks.
 _EVERY_S = 5.0
@@ -57,7 +60,10 @@ def _look_after() -> None:
     wake = threading.Event()
     while True:
         wake.wait(_EVERY_S)
-        let_go()
+        try:
+            let_go()
+        except Exception:  # whatever happens to one, the others are looked after
+            logger.exception("Spooled rows could not be let go")
         with _changing:
             if not _kept:
                 return

@@ -24,6 +24,7 @@ from bigdl.orca.data.spool import Shard, Shards, held
 from bigdl.orca.data.spool_lease import Lease
 from bigdl.orca.data.spool_write import Order, differing, written
 from bigdl.orca.engines.pickling import dumps
+from bigdl.orca.engines.spark_session import address_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -88,12 +89,9 @@ def arrow_type(kind: Any, zone: str = "UTC") -> pa.DataType:
 
 
 def owner_address(session: Any) -> str:
-    """Where executors reach this process: loopback if all are on this machine."""
-    master = session.conf.get("spark.master", "local")
-    if master.startswith("local"):
-        return "127.0.0.1"
-    host: str = session.conf.get("spark.driver.host", "127.0.0.1")
-    return host
+    """Where executors reach this process."""
+    names = ("spark.master", "spark.driver.host")
+    return address_of(session, {name: session.conf.get(name, "") for name in names})
 
 
 def _task(order: bytes) -> Callable[[Iterator[pa.RecordBatch]], Iterator[pa.RecordBatch]]:
