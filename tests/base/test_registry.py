@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 from importlib.metadata import EntryPoint
 
 import pytest
 
-from bigdl._base import registry
 from bigdl._base.registry import Registry, nearest
 from bigdl.errors import ConfigError
 
@@ -20,7 +20,7 @@ def others(monkeypatch):
         asked.append(group)
         return [EntryPoint("dumps", "json:dumps", group), EntryPoint("ours", "json:load", group)]
 
-    monkeypatch.setattr(registry, "entry_points", entry_points)
+    monkeypatch.setattr(importlib.metadata, "entry_points", entry_points)
     return asked
 
 

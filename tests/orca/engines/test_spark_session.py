@@ -155,6 +155,7 @@ def _contract(folder: Path, url: str) -> Path:
         import pytest
         from bigdl.orca.engines import ENGINES
         from bigdl.orca.engines.base import EngineSettings
+        from bigdl.orca.engines.spark_session import Session
         from bigdl.testing.engine import EngineContract
 
         def _open(**settings):
@@ -162,8 +163,11 @@ def _contract(folder: Path, url: str) -> Path:
 
         @pytest.fixture(scope="module", autouse=True)
         def session():
-            engine = _open(cluster_mode="standalone", master={url!r}, cores=2, num_nodes=2,
-                           memory_bytes=1 << 30)
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(Session, "is_here", False)  # as where the package is not seen
+                engine = _open(cluster_mode="standalone", master={url!r}, cores=2, num_nodes=2,
+                               memory_bytes=1 << 30)
+            assert (engine.slots(), engine.node_slots()) == (4, 2)
             yield
             engine.close()
 
