@@ -172,19 +172,20 @@ class Clock(Callback):
 
     def on_step_end(self, state: Any) -> None:
         if state.step == 1:
-            (self.folder / "step").write_text(str(time.time()))
+            _once(self.folder / "step")
 
 
 def model_of(config: dict[str, Any]) -> nn.Module:
     """Made in a worker; writes when, and when rows first come to it."""
     folder = Path(config["folder"])
-    (folder / "model").write_text(str(time.time()))
+    _once(folder / "model")
     model = nn.Sequential(nn.Linear(64, 256), nn.ReLU(), nn.Linear(256, 2))
     model.register_forward_pre_hook(lambda *_: _once(folder / "rows"))
     return model
 
 
 def _once(path: Path) -> None:
+    """The time, by the worker that comes first."""
     if not path.exists():
         path.write_text(str(time.time()))
 
