@@ -6,6 +6,7 @@ import collections
 import dataclasses
 import itertools
 import types
+import weakref
 from typing import NamedTuple
 
 import numpy as np
@@ -91,6 +92,23 @@ def test_slices_put_together_are_the_whole(tree, cuts):
     parts = [trees.slice_rows(tree, a, b) for a, b in itertools.pairwise(edges)]
     assert [trees.rows(part) for part in parts] == [b - a for a, b in itertools.pairwise(edges)]
     assert same(trees.concat(parts), tree)
+
+
+@given(nests(arrays(5)))
+def test_filled_from_its_leaves_it_is_itself(tree):
+    fill = trees.filler(tree)
+    assert same(fill(trees.leaves(tree)), tree)
+    doubled = trees.map_leaves(lambda leaf: 2 * leaf, tree)
+    assert same(fill(iter(trees.leaves(doubled))), doubled)  # and again, from any iterable
+
+
+def test_a_filler_holds_no_array():
+    data = {"x": np.zeros(3)}
+    last = weakref.ref(data["x"])
+    fill = trees.filler(data)
+    del data
+    assert last() is None
+    assert fill([1]) == {"x": 1}
 
 
 @given(nests(arrays(3)))

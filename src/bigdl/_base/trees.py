@@ -18,11 +18,21 @@ from bigdl._base.errors import DataError
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
 
-__all__ = ["Tree", "concat", "leaves", "map_leaves", "named_leaves", "rows", "slice_rows"]
+__all__ = [
+    "Tree",
+    "concat",
+    "filler",
+    "leaves",
+    "map_leaves",
+    "named_leaves",
+    "rows",
+    "slice_rows",
+]
 
 Tree: TypeAlias = Any
 
 _NO_NEST = object()
+_EMPTY = object()  # in the place of a leaf
 
 
 def leaves(tree: Tree) -> list[Any]:
@@ -67,6 +77,30 @@ def map_leaves(fn: Callable[..., Any], tree: Tree, *others: Tree, name: str = "d
             for step, part in parts.items()
         },
         name,
+    )
+
+
+def filler(tree: Tree) -> Callable[[Iterable[Any]], Tree]:
+    """What makes nests like ``tree`` out of their leaves, depth first; for many, one by one.
+
+    Returns:
+        A function of as many leaves as ``tree`` has; kinds of nests are kept as by
+        ``map_leaves``.
+    """
+    fill = _filler(map_leaves(lambda leaf: _EMPTY, tree))  # holds no array
+    return lambda given: fill(iter(given))
+
+
+def _filler(tree: Tree) -> Callable[[Iterator[Any]], Tree]:
+    parts = _parts(tree)
+    if parts is None:
+        return next
+    fills = {step: _filler(part) for step, part in parts.items()}
+    if type(tree) is tuple:
+        every = tuple(fills.values())
+        return lambda given: tuple([fill(given) for fill in every])
+    return lambda given: _rebuild(
+        tree, {step: fill(given) for step, fill in fills.items()}, "data"
     )
 
 

@@ -23,6 +23,7 @@ from bigdl.orca.data.contract import (
     part,
 )
 from bigdl.orca.data.order import Order, check_start
+from bigdl.orca.data.packed import batch_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
@@ -31,7 +32,6 @@ __all__ = [
     "InMemory",
     "Shaping",
     "as_numpy",
-    "batch_of",
     "each_batch",
     "joined",
     "mapped",
@@ -131,18 +131,6 @@ class MemoryReader:
 
     def close(self) -> None:
         """Nothing is held."""
-
-
-def batch_of(data: Tree, which: slice | np.ndarray) -> Tree:
-    """Rows of every array, in memory of their own."""
-
-    def copied(leaf: Any) -> Any:
-        if isinstance(leaf, np.ndarray):
-            leaf = np.asarray(leaf)  # a mapped file's rows become plain arrays
-            return leaf[which].copy() if isinstance(which, slice) else leaf.take(which, axis=0)
-        return leaf[which].clone() if isinstance(which, slice) else leaf[which]
-
-    return map_leaves(copied, data)
 
 
 def each_batch(

@@ -28,7 +28,7 @@ _PAIRS = 3
 _PAIRS_OF_SMALL = 12
 _SMALL_BITS = 12
 _CHUNK = 1 << 14  # what the working arrays of one pass hold stays in the processor's cache
-_AHEAD = 1 << 13  # small calls cost as much as this many places do
+_AHEAD = 1 << 14  # small calls cost as much as this many places do
 _Words: TypeAlias = "npt.NDArray[np.uint32] | npt.NDArray[np.uint64]"
 
 # Multipliers and shifts of two finalisers that mix well: of MurmurHash3 for 32 bits (Appleby),

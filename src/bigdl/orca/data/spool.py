@@ -214,11 +214,12 @@ class SpooledRows:
             read=self._rows_of,
         )
 
-    def _rows_of(self, blocks: np.ndarray) -> Tree:
-        table = pa.Table.from_batches(self.shards.read(blocks))
-        table = table.rename_columns([str(i) for i in range(table.num_columns)])
+    def _rows_of(self, blocks: np.ndarray) -> Iterator[Tree]:
         numbered = _numbered(self.columns)
-        return numbered.nest(arrays_of(table, numbered, Nulls(table.num_rows)))
+        for batch in self.shards.read(blocks):
+            table = pa.Table.from_batches([batch])
+            table = table.rename_columns([str(i) for i in range(table.num_columns)])
+            yield numbered.nest(arrays_of(table, numbered, Nulls(table.num_rows)))
 
     def let_go(self) -> None:
         """Remove what was spooled, in the process that owns it."""

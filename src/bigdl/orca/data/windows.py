@@ -14,11 +14,11 @@ import numpy as np
 
 from bigdl._base.trees import concat
 from bigdl.orca.data.contract import Batch, part
-from bigdl.orca.data.memory import batch_of
 from bigdl.orca.data.order import Order, Permutation, check_start
+from bigdl.orca.data.packed import Packed
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterable, Iterator
 
     from bigdl._base.trees import Tree
     from bigdl.orca.data.memory import Shaping
@@ -77,7 +77,7 @@ class WindowReader:
         blocks: As for ``Windows``.
         window_bytes: Of blocks that are read together.
         shaping: What is done to each batch.
-        read: The rows of some blocks, in the order of the blocks.
+        read: The rows of some blocks, in the order of the blocks and in any number of pieces.
     """
 
     def __init__(
@@ -88,12 +88,12 @@ class WindowReader:
         blocks: np.ndarray,
         window_bytes: int,
         shaping: Shaping,
-        read: Callable[[np.ndarray], Tree],
+        read: Callable[[np.ndarray], Iterable[Tree]],
     ) -> None:
         self._rank, self._world = rank, world
         self._blocks, self._window_bytes = blocks, window_bytes
         self._shaping, self._read = shaping, read
-        self._held: tuple[bytes, Tree] | None = None
+        self._held: tuple[bytes, Packed] | None = None
 
     def batches(
         self, size: int, *, epoch: int = 0, seed: int | None = None, start: int = 0
@@ -102,24 +102,27 @@ class WindowReader:
         rows = int(self._blocks[:, 2].sum())
         check_start(start, rows)
         windows = Windows(self._blocks, self._window_bytes, seed, epoch)
+        entered, window = -1, None
         for first in range(start, rows, size):
             total = min(size, rows - first)
             here, there = part(total, self._rank, self._world)
             if here == there:
                 yield Batch(None, 0, total)
                 continue
-            pieces = [
-                batch_of(self._window(windows.blocks_of(number)), which)
-                for number, which in windows.pieces(first + here, first + there)
-            ]
+            pieces = []
+            for number, which in windows.pieces(first + here, first + there):
+                if window is None or number != entered:
+                    window = None  # let go of the last one before the next is read
+                    entered, window = number, self._window(windows.blocks_of(number))
+                pieces.append(window[which])
             data = pieces[0] if len(pieces) == 1 else concat(pieces)
             yield Batch(self._shaping(data, there - here), there - here, total)
 
-    def _window(self, blocks: np.ndarray) -> Tree:
+    def _window(self, blocks: np.ndarray) -> Packed:
         key = blocks.tobytes()
         if self._held is None or self._held[0] != key:
             self._held = None  # before the next is read
-            self._held = key, self._read(blocks)
+            self._held = key, Packed(self._read(blocks), int(blocks[:, 2].sum()))
         return self._held[1]
 
     def close(self) -> None:

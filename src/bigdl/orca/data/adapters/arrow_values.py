@@ -68,7 +68,11 @@ def _without_nulls(
     for name, column in chosen.items():
         if column.null_count:
             column = _filled(column, name, columns.fill[name])
-        whole = column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
+        is_cut = isinstance(column, pa.ChunkedArray)
+        if is_cut and column.num_chunks == 1:
+            whole = column.chunk(0)  # combine_chunks() would copy it
+        else:
+            whole = column.combine_chunks() if is_cut else column
         if isinstance(whole, pa.ChunkedArray):  # older versions, and more than 2 GB of strings
             whole = pa.concat_arrays(whole.chunks) if whole.num_chunks else whole
         yield name, whole

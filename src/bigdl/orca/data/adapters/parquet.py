@@ -19,8 +19,9 @@ from bigdl._base.errors import DataError
 from bigdl.orca.data.adapters.arrow_values import array_column, arrays_of, described
 from bigdl.orca.data.columns import Columns, Nulls
 from bigdl.orca.data.contract import DEFAULT_BATCH_SIZE, OutputSchema, Schema
-from bigdl.orca.data.memory import Shaping, batch_of, each_batch
+from bigdl.orca.data.memory import Shaping, each_batch
 from bigdl.orca.data.outputs import check_names, named_outputs
+from bigdl.orca.data.packed import batch_of
 from bigdl.orca.data.windows import WINDOW_BYTES, WindowReader, runs
 
 if TYPE_CHECKING:
@@ -70,10 +71,10 @@ class Files:
             read=self._rows_of,
         )
 
-    def _rows_of(self, blocks: np.ndarray) -> Tree:
+    def _rows_of(self, blocks: np.ndarray) -> Iterator[Tree]:
         table = self.table(blocks, self.columns.names)
         nulls = Nulls(table.num_rows, _where(self))
-        return self.columns.nest(arrays_of(table, self.columns, nulls))
+        yield self.columns.nest(arrays_of(table, self.columns, nulls))
 
     def table(self, blocks: np.ndarray, columns: list[str] | None) -> pa.Table:
         """Blocks in the order given, as one table; None for all columns."""

@@ -14,7 +14,7 @@ import numpy as np
 
 from bigdl._base import trees
 from bigdl._base.errors import ConfigError, ContextError, DataError
-from bigdl._base.trees import Tree, concat, map_leaves, slice_rows
+from bigdl._base.trees import Tree, map_leaves, slice_rows
 from bigdl.orca.context import current_engine
 from bigdl.orca.data import rows
 from bigdl.orca.data.adapters import adapt
@@ -28,7 +28,7 @@ from bigdl.orca.data.windows import WINDOW_BYTES, WindowReader
 from bigdl.orca.data.xshards import XShards, opened
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     from bigdl.orca.data.contract import Request, Run
     from bigdl.orca.engines.base import Engine, Ref
@@ -104,10 +104,10 @@ class ShardRows:
             read=self._rows_of,
         )
 
-    def _rows_of(self, blocks: np.ndarray) -> Tree:
+    def _rows_of(self, blocks: np.ndarray) -> Iterator[Tree]:
         wanted = self.schema.features, self.schema.labels
-        read = [cast(self.refs[int(i)].get(), wanted) for i in blocks[:, 0]]
-        return read[0] if len(read) == 1 else concat(read)
+        for number in blocks[:, 0]:
+            yield cast(self.refs[int(number)].get(), wanted)
 
     def map_batches(
         self,

@@ -21,8 +21,9 @@ from bigdl.orca.data.adapters.spark_keeping import keep
 from bigdl.orca.data.adapters.spark_spool import arrow_type, by_place, spool
 from bigdl.orca.data.columns import Columns, Nulls
 from bigdl.orca.data.contract import DEFAULT_BATCH_SIZE, OutputSchema, Schema
-from bigdl.orca.data.memory import Shaping, as_numpy, batch_of, each_batch
+from bigdl.orca.data.memory import Shaping, as_numpy, each_batch
 from bigdl.orca.data.outputs import check_names, named_outputs
+from bigdl.orca.data.packed import batch_of
 from bigdl.orca.data.spool_write import Converted
 from bigdl.orca.engines.pickling import dumps_abroad, loads_abroad
 
