@@ -1,12 +1,14 @@
 """Small models on tables: a run under our Trainer beside the same run under stock Lightning.
 
-    python benchmarks/small_models.py [--seconds 60] [--quick] [--only MODEL] [--itself]
+    python benchmarks/small_models.py [--seconds 60] [--rounds 1] [--quick] [--only M] [--itself]
 
 The two runs take turns, a block of steps each, so that what slows the machine down hits both;
 each has a process of its own, as a user's run has, and is charged the time of its own turns, ours
-with all that it tries. Each model is run twice, either first, from an empty plan cache both
-times. One JSON line for each model: seconds of either, the ratio over both orders (the limit is
-1.02) and of each, what was chosen, and, where nothing was, whether a run of its own ends with
+with all that it tries. A round runs each model twice, either first, from an empty plan cache both
+times. A process keeps the speed it was born with (where its memory happens to lie), some per cent
+up or down: one pair says little, so the line gives the ratio over all pairs (the limit is 1.02)
+with two standard errors, and that of each pair. One JSON line for each model: beside these,
+seconds of either, what was chosen, and, where nothing was, whether a run of its own ends with
 stock Lightning's weights bit for bit. ``--itself`` puts stock Lightning beside itself: what the
 frame is good for.
 """
@@ -16,7 +18,9 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import math
 import multiprocessing
+import statistics
 import tempfile
 import time
 import warnings
@@ -104,17 +108,22 @@ class Turns(pl.Callback):
             self.take()
 
 
-def both_orders(name: str, seconds: float, *, itself: bool) -> dict[str, Any]:
-    """Runs of about ``seconds``, stock Lightning first and then the other first."""
+def pairs(name: str, seconds: float, *, rounds: int, itself: bool) -> dict[str, Any]:
+    """Pairs of runs of about ``seconds``, stock Lightning first and then the other first."""
     runs = []
-    for other_first in (False, True):
+    for index in range(2 * rounds):
         with tempfile.TemporaryDirectory() as folder, environment(XDG_CACHE_HOME=folder):
-            runs.append(in_turns(name, seconds, other_first=other_first, itself=itself))
+            runs.append(in_turns(name, seconds, other_first=bool(index % 2), itself=itself))
     stock_s, ours_s = (sum(run[who] for run in runs) for who in ("stock_s", "ours_s"))
+    ratios = [run["ratio"] for run in runs]
     return {
         "ratio": round(ours_s / stock_s, 4),
-        "stock_first": runs[0],
-        "ours_first": runs[1],
+        "doubt": round(2 * statistics.stdev(ratios) / math.sqrt(len(ratios)), 4),
+        "ratios": ratios,
+        "steps": runs[0]["steps"],
+        "stock_s": round(stock_s, 1),
+        "ours_s": round(ours_s, 1),
+        "chosen": [run["chosen"] for run in runs],
     }
 
 
@@ -204,6 +213,7 @@ def is_bit_identical(make: Callable[[], Table]) -> bool:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--seconds", type=float, default=60.0, help="length of each run")
+    parser.add_argument("--rounds", type=int, default=1, help="pairs of runs in both orders")
     parser.add_argument("--only", choices=list(MODELS), help="this model alone")
     parser.add_argument("--itself", action="store_true", help="stock Lightning beside itself")
     parser.add_argument("--quick", action="store_true", help="runs of six seconds")
@@ -213,8 +223,10 @@ def main() -> None:
     for name, make in MODELS.items():
         if arguments.only not in (None, name):
             continue
-        line = {"model": name} | both_orders(name, seconds, itself=arguments.itself)
-        if not (line["stock_first"]["chosen"] or line["ours_first"]["chosen"]):
+        line = {"model": name} | pairs(
+            name, seconds, rounds=arguments.rounds, itself=arguments.itself
+        )
+        if not any(line["chosen"]):
             with tempfile.TemporaryDirectory() as folder, environment(XDG_CACHE_HOME=folder):
                 line["bit_identical"] = is_bit_identical(make)
         print(json.dumps(line | {"threads": torch.get_num_threads()}), flush=True)

@@ -106,3 +106,29 @@ def test_one_large_piece_stays_where_it_is(monkeypatch):
 
 def test_no_leaf_is_no_record():
     assert Packed([(), ()], 0)[slice(0, 0)] == ()
+
+
+def test_memory_of_rows_that_nobody_asks_for_is_used_again():
+    first = Packed(cut(table(), 400), ROWS)
+    layout = first._layout
+    again = Packed(cut(table(), 100, 300), ROWS, spare=first)
+    assert again._layout is layout
+    for which in WHICH:
+        for one, other in zip(leaves(again[which]), leaves(batch_of(table(), which)), strict=True):
+            np.testing.assert_array_equal(one, other)
+
+
+@pytest.mark.parametrize(
+    ("other", "rows"),
+    [
+        ((np.ones(3), np.ones(3, np.float32), np.ones(3)), 6),  # another type
+        ((np.ones(3), np.ones((3, 1)), np.ones(3)), 6),  # another shape
+        ((np.ones(300), np.ones(300), np.ones(300)), 600),  # more rows than there is room for
+    ],
+)
+def test_memory_that_does_not_fit_is_left_alone(other, rows):
+    first = Packed([(np.zeros(3), np.zeros(3), np.zeros(3))] * 2, 6)
+    again = Packed([other] * 2, rows, spare=first)
+    assert again._layout is not first._layout
+    assert sum(leaf.sum() for leaf in leaves(first[slice(0, 6)])) == 0
+    assert sum(leaf.sum() for leaf in leaves(again[slice(0, rows)])) == 3 * rows

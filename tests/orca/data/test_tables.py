@@ -369,12 +369,24 @@ def test_only_a_window_is_held(tmp_path):
     reader = sharded.open(0, 1)
     held, seen = [], []
     for batch in reader.batches(500, seed=1):
-        held.append(0 if reader._held is None else len(reader._held[1][1]))
+        held.append(len(reader._held[1]))
         seen.append(batch.data[1])
-    assert max(held) <= rows // 8
+    assert 0 < max(held) <= rows // 8
     order = np.concatenate(seen)
     assert sorted(order.tolist()) == list(range(rows))
     assert abs(np.corrcoef(order, np.arange(rows))[0, 1]) < 0.5  # blocks of 40 are put in order
+
+
+def test_two_iterators_of_one_reader_keep_apart(tmp_path):
+    write(tmp_path / "t", pa.table(numbered(400)), group=10)
+    sharded = adapt(str(tmp_path / "t"), Request(call="predict", feature_cols=["user"]))
+    object.__setattr__(sharded, "window_bytes", 300)  # many windows, whose memory serves again
+    reader, other = sharded.open(0, 1), sharded.open(0, 1)
+    alone = [[b.data[0] for b in other.batches(7, seed=1, epoch=epoch)] for epoch in (0, 1)]
+    both = zip(*(reader.batches(7, seed=1, epoch=epoch) for epoch in (0, 1)), *alone, strict=True)
+    for first, second, one, two in both:
+        np.testing.assert_array_equal(first.data[0], one)
+        np.testing.assert_array_equal(second.data[0], two)
 
 
 # --- misuse -----------------------------------------------------------------------------------

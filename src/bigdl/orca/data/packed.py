@@ -29,6 +29,8 @@ _ALIGNMENT = 8
 #: that other workers share.
 _WORTH_COLUMNS = 3
 _WORTH_BYTES = 1 << 28
+#: One part in so many of room beyond the rows, for who comes next; untouched, it costs nothing.
+_SLACK = 16
 
 
 class Packed:
@@ -39,9 +41,12 @@ class Packed:
             once the next is asked for. Leaves are NumPy arrays, of one type and shape of row in
             all pieces, else all pieces are held until they are put together.
         rows: How many they have together.
+        spare: Rows of the same structure that nobody asks for any more: their memory is used
+            again where it serves, which saves the system from clearing as much anew.
     """
 
-    def __init__(self, pieces: Iterable[Tree], rows: int) -> None:
+    def __init__(self, pieces: Iterable[Tree], rows: int, spare: Packed | None = None) -> None:
+        self._rows = rows
         pieces = iter(pieces)
         first = next(pieces)
         second = next(pieces, None)
@@ -51,8 +56,11 @@ class Packed:
             self._whole = first
             return
         waiting = [first] if second is None else [first, second]
-        layout, at = _Layout(first, rows), 0
-        del first, second
+        room = None if spare is None else spare._layout
+        if room is None or room.rows < rows or not room.fits(first):
+            room = _Layout(first, rows + rows // _SLACK)
+        layout, at = room, 0
+        del first, second, spare, room
         for piece in itertools.chain(_emptied(waiting), pieces):
             if not layout.fits(piece):
                 done = [layout.rows_of(slice(0, at))] if at else []
@@ -60,6 +68,9 @@ class Packed:
                 return
             at = layout.put(piece, at)
         self._layout = layout
+
+    def __len__(self) -> int:
+        return self._rows
 
     def __getitem__(self, which: slice | np.ndarray) -> Tree:
         """A nest of some rows, in memory of their own."""
@@ -78,6 +89,8 @@ class _Layout:
 
     def __init__(self, like: Tree, rows: int) -> None:
         self._fill = filler(like)
+        #: For how many there is room.
+        self.rows = rows
         found = leaves(like)
         self._kinds = [_kind(leaf) for leaf in found]
         if None in self._kinds:  # nothing fits

@@ -94,6 +94,7 @@ class WindowReader:
         self._blocks, self._window_bytes = blocks, window_bytes
         self._shaping, self._read = shaping, read
         self._held: tuple[bytes, Packed] | None = None
+        self._iterating = 0
 
     def batches(
         self, size: int, *, epoch: int = 0, seed: int | None = None, start: int = 0
@@ -102,8 +103,15 @@ class WindowReader:
         rows = int(self._blocks[:, 2].sum())
         check_start(start, rows)
         windows = Windows(self._blocks, self._window_bytes, seed, epoch)
-        entered, window = -1, None
-        for first in range(start, rows, size):
+        self._iterating += 1
+        try:
+            yield from self._batches(windows, range(start, rows, size), rows)
+        finally:
+            self._iterating -= 1
+
+    def _batches(self, windows: Windows, starts: range, rows: int) -> Iterator[Batch]:
+        entered, window, size = -1, None, starts.step
+        for first in starts:
             total = min(size, rows - first)
             here, there = part(total, self._rank, self._world)
             if here == there:
@@ -121,8 +129,10 @@ class WindowReader:
     def _window(self, blocks: np.ndarray) -> Packed:
         key = blocks.tobytes()
         if self._held is None or self._held[0] != key:
+            # its memory serves again, unless another iterator still takes rows from it
+            spare = self._held[1] if self._held is not None and self._iterating == 1 else None
             self._held = None  # before the next is read
-            self._held = key, Packed(self._read(blocks), int(blocks[:, 2].sum()))
+            self._held = key, Packed(self._read(blocks), int(blocks[:, 2].sum()), spare)
         return self._held[1]
 
     def close(self) -> None:
