@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import importlib.util
 import subprocess
@@ -9,6 +10,8 @@ import sys
 from pathlib import Path
 
 import pytest
+
+from bigdl.testing.standalone import standalone_cluster
 
 pytest.importorskip("pytorch_lightning", reason="needs the [torch] extra")
 pytest.importorskip("sklearn", reason="the pictures are bundled there")
@@ -151,8 +154,51 @@ def test_it_learns_the_same_from_every_kind_of_data(ncf):
     problem = ncf.problem_of(ncf.generated(users=300, items=300, each=30))
     with init_orca_context(cores=2):
         found = {kind: ncf.run(kind, problem, epochs=4) for kind in ncf.KINDS}
-    assert found["arrays"] == found["pandas"]
-    assert found["arrays"] == found["shards"]
+    assert found == dict.fromkeys(ncf.KINDS, found["arrays"])
     for measures in found.values():
         assert measures["HR@10"] > 0.3  # 0.1 by chance
         assert measures["NDCG@10"] > 0.15
+
+
+@pytest.mark.parametrize(
+    ("master", "arguments"),
+    [
+        (None, {"cores": 3}),
+        ("local[4]", {"runtime": "spark", "cores": 4}),
+        ("local[*]", {"runtime": "spark", "cores": "*"}),
+        (
+            "local-cluster[2,1,1024]",
+            {"cluster_mode": "standalone", "master": "local-cluster[2,1,1024]"},
+        ),
+        ("spark://h:7077", {"cluster_mode": "standalone", "master": "spark://h:7077"}),
+        ("yarn", {"cluster_mode": "yarn", "master": "yarn"}),
+        ("k8s://https://h", {"cluster_mode": "k8s", "master": "k8s://https://h"}),
+    ],
+)
+def test_where_it_runs(ncf, master, arguments):
+    assert ncf.where(master, 3) == arguments
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("place", ["local[2]", "local-cluster[2,1,1024]", "standalone"])
+def test_it_learns_the_same_on_spark(ncf, place, tmp_path):
+    """One HR@10 and NDCG@10 for every kind of data, here and there."""
+    pytest.importorskip("pyspark", reason="needs the [spark] extra")
+    ratings = ncf.generated(users=300, items=300, each=30).assign(rating=5)
+    names = ["user", "item", "rating", "time"]
+    ratings[names].to_csv(tmp_path / "u.data", sep="\t", header=False, index=False)
+
+    def measures(*options):
+        done = subprocess.run(
+            [sys.executable, str(DEMO.parent / "ncf.py"), "--ratings", str(tmp_path / "u.data"),
+             "--epochs", "2", *options],
+            capture_output=True, text=True, timeout=500, check=False,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr[-3000:]
+        return [line.strip() for line in done.stdout.splitlines() if "HR@10" in line]
+
+    [here] = measures("--data", "pandas")
+    with contextlib.ExitStack() as cluster:
+        if place == "standalone":
+            place = cluster.enter_context(standalone_cluster(tmp_path))
+        assert measures("--master", place) == [here] * len(ncf.ON_SPARK)

@@ -130,6 +130,8 @@ def test_the_driver_is_killed(tmp_path, master):
 CONNECT = """
 import numpy as np, torch
 from bigdl.orca import init_orca_context
+from bigdl.errors import ContextError
+from bigdl.orca.data import XShards
 from bigdl.orca.learn.pytorch import Estimator
 class Same(torch.nn.Module):
     def forward(self, x):
@@ -140,6 +142,14 @@ sharded.let_go()
 with init_orca_context(cores=1):
     predicted = Estimator.from_torch(Same()).predict(frame, feature_cols=["id"])
     rows = predicted.filter("id % 2 = 0").toPandas()
+    shards = XShards.from_spark_df(frame.limit(3))
+    try:
+        shards.to_rdd()
+    except ContextError as exc:
+        assert "no RDDs" in str(exc)
+    else:
+        raise AssertionError
+    del shards
 print(json.dumps([type(frame).__module__, found == list(range(20000)),
                   bool((rows["id"] == rows["prediction"]).all()), len(rows)]))
 spark.stop()

@@ -102,7 +102,7 @@ MISUSE = [
     (lambda s: s.to_rdd(), ContextError, "runtime='spark'"),
     (lambda s: s.to_ray_dataset(), ContextError, "runtime='ray'"),
     (lambda s: XShards.from_spark_df(table()), ArgumentError, "needs a Spark DataFrame"),
-    (lambda s: XShards.from_rdd(None), ContextError, "runtime='spark'"),
+    (lambda s: XShards.from_rdd([1, 2]), ArgumentError, "needs an RDD of Spark's"),
     (lambda s: XShards.from_ray_dataset(None), ContextError, "runtime='ray'"),
 ]
 

@@ -6,7 +6,7 @@ import os
 import subprocess
 import sys
 import textwrap
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
@@ -15,6 +15,10 @@ from bigdl.orca import init_orca_context
 from bigdl.orca.engines import ENGINES, spark_session
 from bigdl.orca.engines.base import EngineSettings
 from bigdl.testing.processes import are_gone
+from bigdl.testing.standalone import standalone_cluster
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 LIFE = textwrap.dedent("""
     import os, signal, sys
@@ -99,52 +103,14 @@ def test_spark_connect(tmp_path):
 @pytest.mark.slow
 def test_a_real_standalone_cluster(tmp_path):
     """A master and two workers, started as from a download; the contract's calls."""
-    import pyspark
-
-    home = Path(pyspark.__file__).parent
-    env = {
-        **os.environ, "SPARK_HOME": str(home), "PYSPARK_PYTHON": sys.executable,
-        "SPARK_LOCAL_IP": "127.0.0.1", "SPARK_DAEMON_MEMORY": "256m",
-    }  # fmt: skip
-    ports = {"master": _free_port(), "ui": _free_port()}
-    url = f"spark://127.0.0.1:{ports['master']}"
-    start = [str(home / "bin" / "spark-class")]
-    deploy = "org.apache.spark.deploy"
-    commands = [
-        [f"{deploy}.master.Master", "--host", "127.0.0.1", "--port", str(ports["master"]),
-         "--webui-port", str(ports["ui"])],
-        *(
-            [f"{deploy}.worker.Worker", "--host", "127.0.0.1", "--webui-port", str(_free_port()),
-             "-c", "2", "-m", "2g", "--work-dir", str(tmp_path / f"work-{i}"), url]
-            for i in range(2)
-        ),
-    ]  # fmt: skip
-    daemons = [
-        subprocess.Popen(
-            [*start, *command], env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-        )
-        for command in commands
-    ]
-    try:
-        file = _contract(tmp_path, url)
+    with standalone_cluster(tmp_path) as url:
         done = subprocess.run(
-            [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(file)],
+            [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider",
+             str(_contract(tmp_path, url))],
             capture_output=True, text=True, timeout=400,
         )  # fmt: skip
         assert done.returncode == 0, done.stdout[-5000:]
         assert " passed" in done.stdout
-    finally:
-        for daemon in daemons:
-            daemon.terminate()
-        for daemon in daemons:
-            daemon.wait(20)
-
-
-def _free_port() -> int:
-    import socket
-
-    with socket.create_server(("127.0.0.1", 0)) as sock:
-        return int(sock.getsockname()[1])
 
 
 def _contract(folder: Path, url: str) -> Path:

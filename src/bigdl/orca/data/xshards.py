@@ -324,7 +324,7 @@ class XShards:
             DataError: Shards that are no frames, or do not fit each other.
         """
         need("pyspark", extra="spark", purpose="to_spark_df()")
-        return _spark().frame_of(self._engine, self._plan)
+        return _spark("shards").frame_of(self._engine, self._plan)
 
     @staticmethod
     def from_spark_df(df: Any) -> XShards:
@@ -338,16 +338,32 @@ class XShards:
             ConfigError: It is a stream.
         """
         need("pyspark", extra="spark", purpose="from_spark_df()")
-        return XShards(current_engine(), _spark().plan_of(df))
+        return XShards(current_engine(), _spark("shards").plan_of(df))
 
-    def to_rdd(self) -> NoReturn:
-        """A Spark RDD of the shards; needs a context on Spark."""
-        raise _needs("to_rdd", "Spark", self._engine)
+    def to_rdd(self) -> Any:
+        """A Spark RDD with an element, and a partition, for each shard; this runs the plan.
+
+        Raises:
+            ContextError: There is no Spark session, or it is one over Spark Connect.
+            DataError: A shard has 2 GB or more as a pickle.
+        """
+        need("pyspark", extra="spark", purpose="to_rdd()")
+        return _spark("rdd").rdd_of(self._engine, self._plan)
 
     @staticmethod
-    def from_rdd(rdd: Any) -> NoReturn:
-        """Shards of the partitions of a Spark RDD; needs a context on Spark."""
-        raise _needs("from_rdd", "Spark", current_engine())
+    def from_rdd(rdd: Any) -> XShards:
+        """Shards of the elements of a Spark RDD, one each, in order.
+
+        ``rdd.glom()`` makes one element, a list, of each partition of an RDD of rows. The RDD is
+        evaluated once, now; its elements lie in files until nothing is made of these shards any
+        more.
+
+        Raises:
+            ArgumentError: It is no RDD.
+            DataError: It has no element, or so many that they must be rows.
+        """
+        need("pyspark", extra="spark", purpose="from_rdd()")
+        return XShards(current_engine(), _spark("rdd").plan_of(rdd))
 
     def to_ray_dataset(self) -> NoReturn:
         """A Ray Dataset of the rows; needs a context on Ray."""
@@ -414,8 +430,8 @@ def opened(shards: XShards) -> tuple[Engine, Plan]:
     return shards._engine, shards._plan
 
 
-def _spark() -> Any:
-    return importlib.import_module("bigdl.orca.data.adapters.spark_shards")
+def _spark(of: str) -> Any:
+    return importlib.import_module(f"bigdl.orca.data.adapters.spark_{of}")
 
 
 def _number(call: str, name: str, value: Any) -> int:

@@ -6,6 +6,7 @@ their zone (without one they are Spark's ``timestamp_ntz``), decimals and lists 
 
 from __future__ import annotations
 
+import functools
 import json
 import pickle
 from dataclasses import dataclass, replace
@@ -33,7 +34,15 @@ if TYPE_CHECKING:
     from bigdl.orca.data.spool import Shards
     from bigdl.orca.engines.base import Engine
 
-__all__ = ["frame_of", "plan_of"]
+__all__ = [
+    "AsTheyAre",
+    "Spooled",
+    "active_session",
+    "frame_of",
+    "frame_over",
+    "plan_of",
+    "spooled_by_shards",
+]
 
 #: Whole numbers and truth values that pandas keeps beside nulls.
 _NULLABLE = {
@@ -68,7 +77,7 @@ def plan_of(frame: Any) -> Plan:
         )
     if frame.isStreaming:
         raise ConfigError("from_spark_df() cannot take a stream, which has no end.")
-    found = spool(frame, _AsTheyAre())
+    found = spool(frame, AsTheyAre())
     names = tuple(frame.columns)
     shards = found.shards
     groups = [
@@ -78,19 +87,19 @@ def plan_of(frame: Any) -> Plan:
     zone = frame.sparkSession.conf.get("spark.sql.session.timeZone", "UTC")
     kinds = [arrow_type(field.dataType, zone) for field in frame.schema.fields]
     step = _ToPandas(names, kinds, found.nulls or [0] * len(names))
-    given = _Spooled(groups, "from_spark_df")
+    given = Spooled(groups, "from_spark_df")
     given.shards_held = shards  # as long as anything is made of them
     return Mapped(given, step, "frames")
 
 
-class _Spooled(Given):
+class Spooled(Given):
     """Groups of files, which go with this plan."""
 
     shards_held: Shards
 
 
 @dataclass(frozen=True)
-class _AsTheyAre:
+class AsTheyAre:
     """Writes rows as they come."""
 
     def __call__(self, rows: pa.Table) -> Converted:
@@ -145,23 +154,59 @@ def frame_of(engine: Engine, plan: Plan) -> Any:
         ContextError: There is no Spark session.
         DataError: Shards that are no frames, or do not fit each other, or Spark.
     """
-    try:
-        session = SparkSession.active()
-    except PySparkException as exc:
-        raise ContextError(
-            "to_spark_df() needs a running Spark session. Start the context with Spark, "
-            "init_orca_context(runtime='spark'), or a session of your own."
-        ) from exc
+    session = active_session("to_spark_df()")
     refs, schemas = noted(engine, plan, _Looking())
     schema = _agreed(schemas)
     try:
         fields = from_arrow_schema(schema, prefer_timestamp_ntz=True).fields
     except PySparkException as exc:
         raise DataError(f"to_spark_df(): Spark has no type for a column: {exc}") from exc
+    writing = functools.partial(_Writing, schema=schema)
+    return frame_over(
+        session, spooled_by_shards(session, engine, Kept(refs, "shards"), writing), fields
+    )
+
+
+def active_session(call: str, *, needs_rdds: bool = False) -> Any:
+    """The running Spark session.
+
+    Args:
+        call: Who asks.
+        needs_rdds: It has to be a classic one.
+
+    Raises:
+        ContextError: There is none, or only one over Spark Connect.
+    """
+    try:
+        session = SparkSession.active()
+    except PySparkException as exc:
+        raise ContextError(
+            f"{call} needs a running Spark session. Start the context with Spark, "
+            "init_orca_context(runtime='spark'), or a session of your own."
+        ) from exc
+    if needs_rdds and not hasattr(session, "_jsparkSession"):
+        raise ContextError(
+            f"{call} needs a classic Spark session: over Spark Connect there are no RDDs. "
+            "to_spark_df() gives a DataFrame there."
+        )
+    return session
+
+
+def spooled_by_shards(
+    session: Any, engine: Engine, plan: Plan, writing: Callable[[Order], Any]
+) -> Shards:
+    """Files that shards have been written to by the workers that have them, in order.
+
+    Args:
+        session: Whose the files are.
+        engine: Where the shards are.
+        plan: The shards.
+        writing: From what is to be done to a step on a shard: nothing, and notes on its files.
+    """
     lease = Lease(owner_address(session))
     try:
-        order = Order(ticket=lease.ticket, convert=_AsTheyAre())
-        _, notes = noted(engine, Kept(refs, "shards"), _Writing(order, schema))
+        order = Order(ticket=lease.ticket, convert=AsTheyAre())
+        _, notes = noted(engine, plan, writing(order))
         ordered = [
             {**note, "partition": number} for number, some in enumerate(notes) for note in some
         ]
@@ -170,10 +215,11 @@ def frame_of(engine: Engine, plan: Plan) -> Any:
         lease.close()
         raise
     lease.seal()
-    return _over(session, shards, fields)
+    return shards
 
 
-def _over(session: Any, shards: Shards, fields: list[Any]) -> Any:
+def frame_over(session: Any, shards: Shards, fields: list[Any]) -> Any:
+    """A DataFrame of what lies in files, a partition for each part; they live as long as it."""
     from pyspark.sql.types import StructField, StructType
 
     groups = [
