@@ -4,12 +4,14 @@
 
 The two runs take turns, a block of steps each, so that what slows the machine down hits both;
 each has a process of its own, as a user's run has, and is charged the time of its own turns, ours
-with all that it tries. A process keeps the speed it was born with (where its memory happens to lie), some
-per cent up or down: the two are forked from one that has imported everything. A round runs each
-model twice, either first, from an empty plan cache both times. ``ratio`` (the limit is 1.02) is
-what ours takes more in the first tenth of the run, where it tries, plus the mean of the later
-turns' ratios, each beside its neighbour in time, less the fifth at either end: those that the
-machine stood still in. ``ratios`` has it for each pair, ``plain`` the bare sums'. One JSON line for each model: beside these,
+with all that it tries. A process keeps the speed it was born with (where its memory happens to
+lie), some per cent up or down: one pair says little. The two are forked from one process that has
+imported everything; a round runs each model twice, either first, from an empty plan cache.
+
+One JSON line for each model. ``ratio`` (the limit is 1.02) is what ours takes more in the first
+tenth of the run, where it tries, plus the mean of the later turns' ratios, each beside its
+neighbour in time, less the fifth at either end: those that the machine stood still in. ``ratios``
+has it for each pair, ``trying`` the first part alone, ``plain`` the bare sums'. Beside these,
 seconds of either, what was chosen, and, where nothing was, whether a run of its own ends with
 stock Lightning's weights bit for bit. ``--itself`` puts stock Lightning beside itself: what the
 frame is good for.
@@ -115,8 +117,9 @@ def pairs(name: str, seconds: float, *, rounds: int, itself: bool) -> dict[str, 
     """Pairs of runs of about ``seconds``, stock Lightning first and then the other first."""
     runs = []
     for index in range(2 * rounds):
-        with tempfile.TemporaryDirectory() as folder, environment(XDG_CACHE_HOME=folder):
-            runs.append(in_turns(name, seconds, other_first=bool(index % 2), itself=itself))
+        with tempfile.TemporaryDirectory() as folder:
+            order = {"other_first": bool(index % 2), "itself": itself}
+            runs.append(in_turns(name, seconds, folder, **order))
     ratios = [run["ratio"] for run in runs]
     stock_s, ours_s = (sum(run[who] for run in runs) for who in ("stock_s", "ours_s"))
     return {
@@ -142,8 +145,10 @@ def compared(stock: list[float], ours: list[float]) -> dict[str, float]:
     return {"ratio": round(steady + trying, 4), "trying": round(trying, 4)}
 
 
-def in_turns(name: str, seconds: float, *, other_first: bool, itself: bool) -> dict[str, Any]:
-    """Both runs, each about ``seconds`` long, in a process of its own."""
+def in_turns(
+    name: str, seconds: float, cache: str, *, other_first: bool, itself: bool
+) -> dict[str, Any]:
+    """Both runs, each about ``seconds`` long, each in a process of its own."""
     step_s = _step_s(MODELS[name])
     epochs = max(2, round(seconds / step_s / (ROWS // 64)))
     processes = multiprocessing.get_context("forkserver")
@@ -157,7 +162,7 @@ def in_turns(name: str, seconds: float, *, other_first: bool, itself: bool) -> d
             target=_one_run,
             args=(results, started, gates[place], gates[1 - place]),
             kwargs={"name": name, "ours": bool(place) and not itself, "place": place}
-            | {"epochs": epochs, "steps": steps},
+            | {"cache": cache, "epochs": epochs, "steps": steps},
         )
         for place in (0, 1)
     ]
@@ -184,6 +189,7 @@ def _one_run(
     name: str,
     ours: bool,
     place: int,
+    cache: str,
     epochs: int,
     steps: int,
 ) -> None:
@@ -194,7 +200,8 @@ def _one_run(
     started.wait()
     turns.take()
     try:
-        trainer.fit(MODELS[name](), loader())
+        with environment(XDG_CACHE_HOME=cache):
+            trainer.fit(MODELS[name](), loader())
     finally:
         turns.hand_on()
     chosen = list(trainer.plan.chosen) if ours else []

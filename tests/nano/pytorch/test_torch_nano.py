@@ -104,9 +104,6 @@ class TestTorchNano:
         with pytest.raises(NotImplementedError, match="train"):
             TorchNano().train()
 
-    @pytest.mark.xfail(
-        raises=ConfigError, strict=True, reason="several processes for a loop of one's own to come"
-    )
     def test_two_processes_equal_one(self, parts):
         model, optimizer, loader, plain = parts
         nano(num_processes=2)(loop)(model, optimizer, loader)

@@ -14,19 +14,21 @@ from torch.utils.data import DataLoader
 from bigdl._base.calls import shown
 from bigdl._base.errors import ArgumentError, ConfigError
 from bigdl._base.registry import nearest
-from bigdl.nano.cores import check_count
-from bigdl.nano.pytorch.lightning.host import pl
+from bigdl.nano.pytorch.lightning.own_loops import FABRIC, LoopStrategy, run_in_processes
+from bigdl.nano.pytorch.processes.settings import check_settings
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+
+    from bigdl.nano.pytorch.processes.own_loop import OwnLoop
+    from bigdl.nano.pytorch.processes.settings import Settings
 
 __all__ = ["TorchNano", "nano"]
 
 Backend = Literal["subprocess", "spawn"]
 
-_FABRIC = "lightning_fabric" if pl.__name__ == "pytorch_lightning" else "lightning.fabric"
-_Fabric: Any = importlib.import_module(_FABRIC).Fabric
-_precisions: Any = importlib.import_module(f"{_FABRIC}.plugins.precision")
+_Fabric: Any = importlib.import_module(FABRIC).Fabric
+_precisions: Any = importlib.import_module(f"{FABRIC}.plugins.precision")
 _Precision: Any = _precisions.Precision
 _Mixed: Any = _precisions.MixedPrecision
 _OWN = ("num_processes", "distributed_backend", "cpu_for_each_process")
@@ -53,10 +55,19 @@ class _Bf16Mixed(_Mixed):  # type: ignore[misc]
 class TorchNano(_Fabric):  # type: ignore[misc]
     """Lightning's Fabric for a loop of your own: derive from it and write ``train``.
 
+    With ``num_processes=N``, ``train`` runs in N worker processes of this machine. Loaders that
+    went through ``setup`` give each process its rows of each batch, and a backward pass leaves
+    the whole batch's gradients: the weights are those of one process. What is drawn from them
+    without gradients, or in ``eval()`` mode, is whole in every process. A loss that the loop
+    prints is that of its own rows; ``self.all_reduce(loss)`` is the mean over processes. The
+    value of ``train`` is rank 0's; modules and optimizers among its arguments, and in attributes
+    of yours, hold afterwards what they would hold after one process.
+
     Args:
-        num_processes: 1; this version does not divide a loop of yours among several.
-        distributed_backend: How several would be started.
-        cpu_for_each_process: The cores that each of several would have.
+        num_processes: Processes that share each batch.
+        distributed_backend: "subprocess" forks workers from one fresh interpreter that has
+            loaded the libraries; "spawn" starts an interpreter for each.
+        cpu_for_each_process: The cores that each of several has; None divides all.
         precision: Fabric's words; None casts nothing.
         **fabric: Fabric's other arguments.
 
@@ -73,14 +84,46 @@ class TorchNano(_Fabric):  # type: ignore[misc]
         precision: Any = None,
         **fabric: Any,
     ) -> None:
-        _check(num_processes, distributed_backend, cpu_for_each_process, fabric)
-        fabric.setdefault("devices", 1)
+        settings = _check(num_processes, distributed_backend, cpu_for_each_process, fabric)
+        self._connect(settings, precision, fabric)
+
+    def _connect(
+        self, settings: Settings, precision: Any, given: dict[str, Any], **more: Any
+    ) -> None:
+        """Be a Fabric, in the caller's process or in a worker."""
+        before = set(vars(self))
+        fabric: dict[str, Any] = {"devices": 1, **given, **more}
         plugin = _plugin(precision, fabric.get("accelerator", "auto"))
         if plugin is not None:
-            precision = None
-            given = fabric.pop("plugins", None) or []
-            fabric["plugins"] = [*(given if isinstance(given, list) else [given]), plugin]
-        super().__init__(precision=precision, **fabric)
+            plugins = fabric.pop("plugins", None) or []
+            fabric["plugins"] = [*(plugins if isinstance(plugins, list) else [plugins]), plugin]
+        super().__init__(precision=precision if plugin is None else None, **fabric)
+        self._settings, self._is_worker = settings, False
+        self._made_of = precision, given
+        self._own_names = {"_own_names", *vars(self)} - before
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if "train" in vars(cls):
+            cls.train = _everywhere(vars(cls)["train"])  # type: ignore[method-assign]
+
+    # --- in several processes ---
+
+    def attributes(self) -> dict[str, Any]:
+        """What a class derived from this one has added to the object."""
+        own = self._own_names
+        return {name: value for name, value in vars(self).items() if name not in own}
+
+    def enter(self, loop: OwnLoop) -> None:
+        """Be one of several processes."""
+        own, settings, (precision, given) = self.attributes(), self._settings, self._made_of
+        self.__dict__ = {}
+        self._connect(settings, precision, given, strategy=LoopStrategy(loop), accelerator="cpu")
+        self._is_worker = True
+        self.__dict__.update(own)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _made_again, (type(self), self._settings, *self._made_of), self.attributes()
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """The loop; yours."""
@@ -141,7 +184,7 @@ def nano(
             f"nano(precision={precision!r}) needs a scaled loss, and the function calls "
             "loss.backward(): use 'bf16-mixed', or TorchNano with self.backward(loss)."
         )
-    _check(num_processes, distributed_backend, cpu_for_each_process, fabric)
+    settings = _check(num_processes, distributed_backend, cpu_for_each_process, fabric)
     make = functools.partial(
         TorchNano,
         num_processes,
@@ -154,13 +197,56 @@ def nano(
     def decorate(fn: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(fn)
         def run(*args: Any, **kwargs: Any) -> Any:
-            stand_ins = _StandIns(make())
-            ready = {name: stand_ins.of(value) for name, value in kwargs.items()}
-            return stand_ins.back(fn(*map(stand_ins.of, args), **ready))
+            call = _Standing(fn)
+            if settings.world > 1:
+                return run_in_processes(settings, make(), call, args, kwargs)
+            return call(make(), *args, **kwargs)
 
         return run
 
     return decorate
+
+
+def _everywhere(train: Callable[..., Any]) -> Callable[..., Any]:
+    """A method that runs in as many processes as its object was made for."""
+
+    @functools.wraps(train)
+    def run(self: TorchNano, *args: Any, **kwargs: Any) -> Any:
+        if self._settings.world > 1 and not self._is_worker:
+            method = _Method(train.__name__)
+            return run_in_processes(self._settings, self, method, args, kwargs)
+        return train(self, *args, **kwargs)
+
+    return run
+
+
+def _made_again(kind: Any, settings: Settings, precision: Any, given: dict[str, Any]) -> TorchNano:
+    """What travelled; its attributes are put in by who reads it."""
+    made: TorchNano = object.__new__(kind)
+    made._connect(settings, precision, given)
+    return made
+
+
+class _Method:
+    """A method by its name."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    def __call__(self, fabric: TorchNano, *args: Any, **kwargs: Any) -> Any:
+        return getattr(fabric, self._name)(*args, **kwargs)
+
+
+class _Standing:
+    """A function that gets stand-ins for its arguments."""
+
+    def __init__(self, fn: Callable[..., Any]) -> None:
+        self._fn = fn
+
+    def __call__(self, fabric: TorchNano, *args: Any, **kwargs: Any) -> Any:
+        stand_ins = _StandIns(fabric)
+        ready = {name: stand_ins.of(value) for name, value in kwargs.items()}
+        return stand_ins.back(self._fn(*map(stand_ins.of, args), **ready))
 
 
 class _StandIns:
@@ -200,22 +286,21 @@ class _StandIns:
 # --- what the user wrote ----------------------------------------------------------------------
 
 
-def _check(processes: Any, backend: Any, cores: Any, fabric: dict[str, Any]) -> None:
+def _check(processes: Any, backend: Any, cores: Any, fabric: dict[str, Any]) -> Settings:
     known = [name for name in inspect.signature(_Fabric.__init__).parameters if name != "self"]
     for name in fabric:
         if name not in known:
             near = nearest(name, [*known, *_OWN])
             raise ArgumentError(f"TorchNano has no argument {name!r}.{near}")
-    check_count("num_processes", processes)
-    if backend not in ("subprocess", "spawn"):
-        raise ConfigError(f"distributed_backend={shown(backend)}: 'subprocess' or 'spawn'.")
-    if processes > 1:
-        raise ConfigError(
-            f"num_processes={processes}: this version runs a loop of yours in one process; "
-            "'bigdl launch -n N script.py' starts a script in several."
-        )
-    if cores is not None:
-        raise ConfigError("cpu_for_each_process= belongs to num_processes of more than 1.")
+    settings = check_settings(processes, backend, cores, auto_lr=False, sync="allreduce")
+    if settings.world > 1:
+        for name, fine in (("accelerator", ("auto", "cpu")), ("strategy", ("auto",))):
+            if fabric.get(name, "auto") not in fine:
+                raise ConfigError(
+                    f"num_processes={settings.world} shares batches among processes on the CPU, "
+                    f"and cannot go with {name}={shown(fabric[name])}."
+                )
+    return settings
 
 
 def _check_kind(name: str, value: Any, kind: type) -> None:

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import functools
-import hashlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-import torch
 
 from bigdl.nano.pytorch.lightning import transplant
 from bigdl.nano.pytorch.lightning.guests import at_home
@@ -15,12 +12,15 @@ from bigdl.nano.pytorch.lightning.host import part, pl
 from bigdl.nano.pytorch.lightning.predictions import Predicted, joined
 from bigdl.nano.pytorch.lightning.summed_logs import unfollow_metrics
 from bigdl.nano.pytorch.plan import streams
+from bigdl.nano.pytorch.processes import belongings
 from bigdl.nano.pytorch.processes.launch import launch
 from bigdl.nano.pytorch.processes.parcel import pack, unpack
-from bigdl.nano.pytorch.processes.place import taken
+from bigdl.nano.pytorch.processes.place import flags, set_flags, taken, word_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+
+    import torch
 
     from bigdl._base.environment import ProcessSettings
     from bigdl._base.gang import Ticket
@@ -84,7 +84,7 @@ class WorkersLauncher(_StockLauncher):  # type: ignore[misc,valid-type]
         module = next((one for one in given if isinstance(one, pl.LightningModule)), None)
         module = trainer.lightning_module if module is None else module
         objects = transplant.belongings(trainer, module)
-        drawn = transplant.generators(*given)
+        drawn = belongings.generators(*given)
         sent: list[torch.Tensor] = []
 
         def write(folder: Path) -> None:
@@ -94,7 +94,7 @@ class WorkersLauncher(_StockLauncher):  # type: ignore[misc,valid-type]
                 "module": module,
                 "generators": drawn,
                 "streams": streams.read(),
-                "flags": _flags(),
+                "flags": flags(),
             }
             sent.extend(pack(call, folder / _SENT))
 
@@ -114,21 +114,6 @@ def _others(folder: Path, world: int) -> list[Any]:
     return [unpack(folder / f"{_BACK}{rank}")[0] for rank in range(1, world)]
 
 
-def _flags() -> dict[str, Any]:
-    return {
-        "deterministic": torch.are_deterministic_algorithms_enabled(),
-        "warn_only": torch.is_deterministic_algorithms_warn_only_enabled(),
-        "dtype": torch.get_default_dtype(),
-        "precision": torch.get_float32_matmul_precision(),
-    }
-
-
-def _set_flags(flags: dict[str, Any]) -> None:
-    torch.use_deterministic_algorithms(flags["deterministic"], warn_only=flags["warn_only"])
-    torch.set_default_dtype(flags["dtype"])
-    torch.set_float32_matmul_precision(flags["precision"])
-
-
 # --- in a worker ------------------------------------------------------------------------------
 
 
@@ -139,10 +124,10 @@ def _serve(ticket: Ticket, rank: int, process: ProcessSettings, scratch: str) ->
         call, parcel = unpack(folder / _SENT)
         trainer, module = call["objects"][0], call["module"]
         name, args, kwargs = call["call"]
-        _set_flags(call["flags"])
+        set_flags(call["flags"])
         streams.write(call["streams"])
         strategy: SummedStrategy = trainer.strategy
-        strategy.take(collective, _word(call["streams"]))
+        strategy.take(collective, word_of(call["streams"]))
         with at_home([*args, *kwargs.values(), *trainer.callbacks]):
             result = _call_and_handle_interrupt(trainer, getattr(trainer, name), *args, **kwargs)
         if module is not None:
@@ -158,9 +143,3 @@ def _serve(ticket: Ticket, rank: int, process: ProcessSettings, scratch: str) ->
         elif trainer.state.fn == "predict":
             pack(result, folder / f"{_BACK}{rank}")
         collective.barrier()  # nobody leaves while others still need the gang
-
-
-def _word(state: streams.State) -> int:
-    """A number that names where the caller's streams are; nothing is drawn from them."""
-    content = state["torch"].numpy().tobytes()
-    return int.from_bytes(hashlib.blake2b(content, digest_size=4).digest(), "big")

@@ -14,13 +14,12 @@ import torch
 
 from bigdl._base.errors import ConfigError, DataError
 from bigdl.nano.pytorch.lightning.host import part, pl
-from bigdl.nano.pytorch.lightning.summed_gradients import SummedGradients
 from bigdl.nano.pytorch.lightning.summed_logs import follow_metrics, sum_step
-from bigdl.nano.pytorch.processes.exchange import broadcast_value, gather_values
 from bigdl.nano.pytorch.processes.gradients import Summing
-from bigdl.nano.pytorch.processes.memory import broadcast
 from bigdl.nano.pytorch.processes.part_loader import PartLoader
 from bigdl.nano.pytorch.processes.streams import Streams
+from bigdl.nano.pytorch.processes.summed_gradients import SummedGradients
+from bigdl.nano.pytorch.processes.telling import Telling
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -48,7 +47,7 @@ class _NoRows:
 NO_ROWS = _NoRows()
 
 
-class SummedStrategy(_SingleDeviceStrategy):  # type: ignore[misc,valid-type]
+class SummedStrategy(Telling, _SingleDeviceStrategy):  # type: ignore[misc,valid-type]
     """One CPU process of several; gradients are added up, everything else is one device's.
 
     In the caller, where nothing is trained, it is rank 0 and connected to nobody.
@@ -95,46 +94,6 @@ class SummedStrategy(_SingleDeviceStrategy):  # type: ignore[misc,valid-type]
     def has_rows(self) -> bool:
         return self.rows > 0
 
-    # --- what processes tell each other ---
-
-    def barrier(self, *args: Any, **kwargs: Any) -> None:
-        if self.collective is not None:
-            self.collective.barrier()
-
-    def broadcast(self, obj: Any, src: int = 0) -> Any:
-        return obj if self.collective is None else broadcast_value(self.collective, obj, src)
-
-    def reduce(
-        self, tensor: Any, group: Any = None, reduce_op: Any = "mean", **kwargs: Any
-    ) -> Any:
-        """All processes' numbers in one: "mean", "sum", "max" or "min"."""
-        if self.collective is None or not isinstance(tensor, torch.Tensor):
-            return tensor
-        stacked = torch.stack(gather_values(self.collective, tensor.detach()))
-        name = str(getattr(reduce_op, "name", reduce_op) or "mean").lower()
-        if name in ("mean", "avg"):
-            return (stacked if stacked.is_floating_point() else stacked.float()).mean(0)
-        made: Any = {"sum": torch.sum, "max": torch.amax, "min": torch.amin}.get(name)
-        if made is None:
-            raise ConfigError(f"Cannot reduce by {reduce_op!r}: have mean, sum, max, min.")
-        return made(stacked, 0)
-
-    def all_gather(self, tensor: torch.Tensor, group: Any = None, sync_grads: bool = False) -> Any:
-        if self.collective is None or self.world_size == 1:
-            return tensor
-        if sync_grads:
-            raise ConfigError(
-                "all_gather(sync_grads=True) is not there with num_processes=: gradients do not "
-                "travel between processes inside a step. Gather without gradients."
-            )
-        return torch.stack(gather_values(self.collective, tensor.detach()))
-
-    def reduce_boolean_decision(self, decision: bool, all: bool = True) -> bool:
-        if self.collective is None:
-            return decision
-        agreeing = sum(map(bool, gather_values(self.collective, bool(decision))))
-        return agreeing == self.world_size if all else agreeing > 0
-
     # --- setup ---
 
     def process_dataloader(self, dataloader: object) -> object:
@@ -159,12 +118,6 @@ class SummedStrategy(_SingleDeviceStrategy):  # type: ignore[misc,valid-type]
         if self.global_rank > 0:
             step = self.lightning_module.trainer.global_step
             Streams(self._word, step, self.global_rank).put_in_force()
-
-    def share_values(self, tensors: Any) -> None:
-        """Give every process what rank 0 has."""
-        assert self.collective is not None
-        for tensor in tensors:
-            broadcast(self.collective, tensor.detach())
 
     def share_buffers(self) -> None:
         """Running means and the like: those of rank 0, which are kept."""

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -17,8 +18,9 @@ if TYPE_CHECKING:
     from bigdl._base.collective import Collective
     from bigdl._base.environment import ProcessSettings
     from bigdl._base.gang import Ticket
+    from bigdl.nano.pytorch.plan import streams
 
-__all__ = ["taken"]
+__all__ = ["flags", "set_flags", "taken", "word_of"]
 
 #: As long as PyTorch's own workers wait for one that lives but does not come.
 _TIMEOUT_S = 1800.0
@@ -37,3 +39,26 @@ def taken(ticket: Ticket, rank: int, process: ProcessSettings) -> Iterator[Colle
         torch.set_num_threads(threads)
     with join(ticket, rank) as gang, connect(gang, timeout_s=_TIMEOUT_S) as collective:
         yield collective
+
+
+def flags() -> dict[str, Any]:
+    """Settings of torch that a worker takes over from its caller."""
+    return {
+        "deterministic": torch.are_deterministic_algorithms_enabled(),
+        "warn_only": torch.is_deterministic_algorithms_warn_only_enabled(),
+        "dtype": torch.get_default_dtype(),
+        "precision": torch.get_float32_matmul_precision(),
+    }
+
+
+def set_flags(found: dict[str, Any]) -> None:
+    """Take over the caller's ``flags``."""
+    torch.use_deterministic_algorithms(found["deterministic"], warn_only=found["warn_only"])
+    torch.set_default_dtype(found["dtype"])
+    torch.set_float32_matmul_precision(found["precision"])
+
+
+def word_of(state: streams.State) -> int:
+    """A number that names where the caller's streams are; nothing is drawn from them."""
+    content = state["torch"].numpy().tobytes()
+    return int.from_bytes(hashlib.blake2b(content, digest_size=4).digest(), "big")
