@@ -148,7 +148,7 @@ def compared(stock: list[float], ours: list[float]) -> dict[str, float]:
 def in_turns(
     name: str, seconds: float, cache: str, *, other_first: bool, itself: bool
 ) -> dict[str, Any]:
-    """Both runs, each about ``seconds`` long, each in a process of its own."""
+    """Both runs, about ``seconds`` long, each in a process of its own."""
     step_s = _step_s(MODELS[name])
     epochs = max(2, round(seconds / step_s / (ROWS // 64)))
     processes = multiprocessing.get_context("forkserver")
