@@ -125,6 +125,24 @@ def test_optimizers_come_back_whole():
     torch.testing.assert_close(states[2], states[1], rtol=0, atol=1e-9)
 
 
+def with_an_optimizer_of_its_own(model, loader):
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    for x, y in loader:
+        optimizer.zero_grad()
+        nn.functional.mse_loss(model(x), y).backward()
+        optimizer.step()
+
+
+def test_an_optimizer_that_the_loop_makes():
+    ended = []
+    for processes in (1, 2):
+        torch.manual_seed(0)
+        model = nn.Linear(3, 1).double()
+        nano(num_processes=processes)(with_an_optimizer_of_its_own)(model, DataLoader(rows(9), 3))
+        ended.append(model.weight.detach())
+    torch.testing.assert_close(ended[1], ended[0], rtol=0, atol=1e-9)
+
+
 class Wrong(Exception):
     pass
 
@@ -145,6 +163,13 @@ def backward_once(model, optimizer, loader):
         optimizer.step()
 
 
+def moving_a_free_parameter(model, optimizer, loader):
+    scale = nn.Parameter(torch.ones((), dtype=torch.float64))
+    for x, y in loader:
+        nn.functional.mse_loss(scale * model(x), y).backward()
+        torch.optim.SGD([scale], 0.1).step()
+
+
 def keeping_a_lock(model, optimizer, loader):
     import threading
 
@@ -157,6 +182,7 @@ def keeping_a_lock(model, optimizer, loader):
         (raising, Wrong, "no such thing"),
         (dying, WorkerLostError, "SIGKILL"),
         (backward_once, DataError, "A batch of 1 row has none for some of 2"),
+        (moving_a_free_parameter, ConfigError, "in no module or optimizer that was set up"),
         (keeping_a_lock, ConfigError, "cannot be sent.*lock"),
     ],
 )

@@ -11,8 +11,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from bigdl._base.errors import DataError
+from bigdl._base.errors import ConfigError, DataError
 from bigdl.nano.pytorch.processes.gradients import Summing
 from bigdl.nano.pytorch.processes.loader_parts import Parts
 from bigdl.nano.pytorch.processes.memory import broadcast
@@ -22,7 +23,7 @@ from bigdl.nano.pytorch.processes.streams import Streams
 from bigdl.nano.pytorch.processes.summed_gradients import SummedGradients
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterable, Iterator
 
     from bigdl._base.collective import Collective
 
@@ -44,9 +45,8 @@ class OwnLoop:
         self._word = word
         self._sums = SummedGradients(collective, Summing(averages=False))
         self._modules: list[torch.nn.Module] = []
-        self._optimizers: list[torch.optim.Optimizer] = []
-        self._hooked: set[int] = set()
-        self._watches: list[Any] = []
+        self._moving = _Moving()
+        self._watches: list[Any] = [register_optimizer_step_pre_hook(self._check)]
         #: Rows of this process, and of all, in the batch that was drawn last.
         self._rows, self._global_rows = 1, collective.world
         self._pass: tuple[int, Any] | None = None
@@ -57,14 +57,18 @@ class OwnLoop:
         for tensor in (*module.parameters(), *module.buffers()):
             broadcast(self.collective, tensor.detach())
         self._modules.append(module)
-        self._hook(module)
-        # what the loop unfreezes later is met before its first backward pass
-        watch = module.register_forward_pre_hook(lambda owner, _: self._hook(owner))
+        self._add(module.parameters())
+        # what the loop adds or unfreezes later is met before its first backward pass
+        watch = module.register_forward_pre_hook(lambda owner, _: self._add(owner.parameters()))
         self._watches.append(watch)
 
     def add_optimizer(self, optimizer: torch.optim.Optimizer) -> None:
-        """Its parameters' gradients are added up."""
-        self._optimizers.append(optimizer)
+        """Let gradients be added up of what it moves, in a module or not.
+
+        An optimizer that the loop makes for itself moves parameters of modules.
+        """
+        for group in optimizer.param_groups:
+            self._add(group["params"])
 
     @property
     def trains(self) -> bool:
@@ -100,22 +104,32 @@ class OwnLoop:
         """Leave modules and optimizers as they came, and let go of the memory for gradients."""
         for watch in self._watches:
             watch.remove()
-        self._sums.finish(self._optimizers)
         self._sums.close()
 
     # --- gradients ---
 
-    def _hook(self, module: torch.nn.Module) -> None:
-        for parameter in module.parameters():
-            if parameter.requires_grad and id(parameter) not in self._hooked:
-                self._hooked.add(id(parameter))
+    def _check(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        """Refuse an update that would be another one in each process."""
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None and not self._moving.has(parameter):
+                    raise ConfigError(
+                        f"{type(optimizer).__name__} of your loop moves a parameter of shape "
+                        f"{tuple(parameter.shape)} that is in no module or optimizer that was "
+                        "set up: its gradient would be that of one process's rows. Make it part "
+                        "of a module that setup(), or the decorated function, is given."
+                    )
+
+    def _add(self, parameters: Iterable[torch.Tensor]) -> None:
+        for parameter in parameters:
+            if parameter.requires_grad and self._moving.add(parameter):
                 parameter.register_hook(self._scaled)  # type: ignore[no-untyped-call]
 
     def _scaled(self, gradient: torch.Tensor) -> torch.Tensor:
         """A parameter's gradient arrives, before it is added to those that are there."""
         number = int(torch._C._current_graph_task_id())
         if self._pass is None or self._pass[0] != number:
-            apart = self._sums.sum_more(self._optimizers, rows=self._rows)
+            apart = self._sums.sum_more([self._moving], rows=self._rows)
             apart.__enter__()
             self._pass = number, apart
             _autograd.Variable._execution_engine.queue_callback(self._passed)
@@ -126,6 +140,26 @@ class OwnLoop:
         assert self._pass is not None
         apart, self._pass = self._pass[1], None
         apart.__exit__(None, None, None)
+
+
+class _Moving:
+    """All parameters whose gradients are added up, as an optimizer has its own."""
+
+    def __init__(self) -> None:
+        self._parameters: dict[int, torch.Tensor] = {}
+
+    def add(self, parameter: torch.Tensor) -> bool:
+        """Whether it was not there."""
+        is_new = id(parameter) not in self._parameters
+        self._parameters[id(parameter)] = parameter
+        return is_new
+
+    def has(self, parameter: torch.Tensor) -> bool:
+        return id(parameter) in self._parameters
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        return [{"params": list(self._parameters.values())}]
 
 
 class LoopLoader:

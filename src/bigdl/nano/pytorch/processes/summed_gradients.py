@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 from bigdl._base.errors import ConfigError
 from bigdl.nano.pytorch.processes.exchange import gather_values
@@ -17,7 +17,14 @@ if TYPE_CHECKING:
     from bigdl._base.sync import Outcome
     from bigdl.nano.pytorch.processes.gradients import Gradients
 
-__all__ = ["SummedGradients"]
+__all__ = ["Moving", "SummedGradients"]
+
+
+class Moving(Protocol):
+    """Parameters in groups: an optimizer, or what has parameters as optimizers have."""
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]: ...
 
 
 class SummedGradients:
@@ -33,7 +40,7 @@ class SummedGradients:
         self._summing = summing
         self._connections: dict[int, _Connection] = {}
 
-    def sum(self, optimizers: Iterable[torch.optim.Optimizer], *, rows: int, loss: float) -> float:
+    def sum(self, optimizers: Iterable[Moving], *, rows: int, loss: float) -> float:
         """Make the optimizers' gradients those of the global batch.
 
         Args:
@@ -53,7 +60,7 @@ class SummedGradients:
             whole = one.outcome.loss
         return whole
 
-    def sum_more(self, optimizers: Iterable[torch.optim.Optimizer], *, rows: int) -> _Apart:
+    def sum_more(self, optimizers: Iterable[Moving], *, rows: int) -> _Apart:
         """In its block gradients are those of one backward pass; added up, and to those before."""
         return _Apart(self, list(optimizers), rows)
 
@@ -93,7 +100,7 @@ class SummedGradients:
             one.gradients.close()
         self._connections.clear()
 
-    def _connection(self, optimizer: torch.optim.Optimizer) -> _Connection:
+    def _connection(self, optimizer: Moving) -> _Connection:
         """The optimizer's, made anew when it has got other parameters to move."""
         one = self._connections.get(id(optimizer))
         if one is not None and one.fits(optimizer):
@@ -116,16 +123,18 @@ class SummedGradients:
 class _Connection:
     """One optimizer's."""
 
-    def __init__(
-        self, collective: Collective, optimizer: torch.optim.Optimizer, summing: Summing
-    ) -> None:
+    def __init__(self, collective: Collective, optimizer: Moving, summing: Summing) -> None:
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         self._frozen = [p for p in parameters if not p.requires_grad]
-        self.gradients: Gradients = connect_gradients(collective, optimizer, summing)
+        self.gradients: Gradients = connect_gradients(
+            collective,
+            cast("torch.optim.Optimizer", optimizer),  # whole where slices are cut
+            summing,
+        )
         self.outcome: Outcome | None = None
         self._moved = _moved(optimizer)
 
-    def fits(self, optimizer: torch.optim.Optimizer) -> bool:
+    def fits(self, optimizer: Moving) -> bool:
         """Whether the optimizer still moves the same parameters."""
         moved = _moved(optimizer)
         if any(p.requires_grad for p in self._frozen):
@@ -136,9 +145,7 @@ class _Connection:
 class _Apart:
     """See ``SummedGradients.sum_more``."""
 
-    def __init__(
-        self, owner: SummedGradients, optimizers: list[torch.optim.Optimizer], rows: int
-    ) -> None:
+    def __init__(self, owner: SummedGradients, optimizers: list[Moving], rows: int) -> None:
         self._owner, self._optimizers, self._rows = owner, optimizers, rows
         self._before: list[tuple[torch.Tensor, torch.Tensor]] = []
 
@@ -157,7 +164,7 @@ class _Apart:
             parameter.grad = gradient if parameter.grad is None else parameter.grad.add_(gradient)
 
 
-def _moved(optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
+def _moved(optimizer: Moving) -> list[torch.Tensor]:
     return [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
 
 
