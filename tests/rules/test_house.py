@@ -82,12 +82,12 @@ SCOPED: dict[str, set[str]] = {
     "nano/accelerators/onnxruntime.py": {"addHandler", "setLevel"},
     "nano/accelerators/openvino.py": {"setLevel"},
     "nano/launch.py": {"signal.signal"},
-    "nano/pytorch/lightning/launcher.py": {
+    "nano/pytorch/processes/place.py": {
+        "set_num_threads",
         "use_deterministic_algorithms",
         "set_default_dtype",
         "set_float32_matmul_precision",
     },
-    "nano/pytorch/processes/place.py": {"set_num_threads"},
     "nano/pytorch/inference/context.py": {"set_num_threads"},
     "nano/pytorch/inference/instance_worker.py": {"set_num_threads"},
     "nano/pytorch/plan/process.py": {"set_num_threads"},

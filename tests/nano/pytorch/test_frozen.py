@@ -18,6 +18,8 @@ from bigdl.nano.pytorch.frozen.choose import Budget
 from bigdl.nano.pytorch.frozen.watch import Watch
 from bigdl.nano.pytorch.plan.candidates import Scene
 
+pytestmark = pytest.mark.usefixtures("bf16")
+
 
 @pytest.fixture(autouse=True)
 def one_thread():

@@ -440,6 +440,7 @@ class TestLightning:
             applied.settle()
 
 
+@pytest.mark.usefixtures("bf16")
 class TestRuntimes:
     """Forms that other runtimes run, on a network large enough to matter."""
 

@@ -126,6 +126,7 @@ def test_an_accelerated_model(accelerated, accelerator, processes):
         torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.usefixtures("bf16")
 @pytest.mark.parametrize("precision", ["bf16", "int8"])
 def test_a_quantized_model(precision):
     fast = InferenceOptimizer.quantize(plain(), precision, calib_data=BATCHES)

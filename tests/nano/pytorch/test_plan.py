@@ -118,6 +118,7 @@ def network():
     )  # fmt: skip
 
 
+@pytest.mark.usefixtures("bf16")
 def test_in_force_on_a_loop_of_ones_own_and_undone():
     model = network()
     optimizer = torch.optim.Adam(model.parameters())

@@ -58,7 +58,7 @@ def make(form, model=None):
 
 
 @pytest.fixture(scope="module")
-def folders(tmp_path_factory):
+def folders(tmp_path_factory, bf16):
     """Each form once, in a folder; to be copied, not changed."""
     made = {}
     for form in FORMS:
@@ -204,6 +204,7 @@ def test_a_plain_module(tmp_path):
     assert torch.equal(given.embed.weight, before)
 
 
+@pytest.mark.usefixtures("bf16")
 @pytest.mark.parametrize("form", OWN_CODE)
 def test_ties_are_kept(tmp_path, form):
     ids = torch.arange(6)

@@ -23,7 +23,7 @@ from bigdl.nano.pytorch.plan.rehearsal import Stage
 from bigdl.nano.pytorch.plan.timing import Timing
 
 pytestmark = [
-    pytest.mark.usefixtures("one_thread"),
+    pytest.mark.usefixtures("one_thread", "bf16"),
     pytest.mark.filterwarnings(
         "ignore:The 'train_dataloader' does not have many workers",
         "ignore:The 'val_dataloader' does not have many workers",
@@ -39,7 +39,6 @@ QUIET = {
     "enable_progress_bar": False,
     "enable_model_summary": False,
 }
-HAS_BF16 = bool(machine.isa() & {"avx512_bf16", "amx_bf16", "bf16"})
 
 
 class Pictures(pl.LightningModule):
@@ -162,14 +161,12 @@ def test_what_is_faster_is_chosen_and_the_numbers_are_known(clock):
     assert plan.row("channels_last").speedup == pytest.approx(2.0, rel=0.02)
     assert plan.row("fused_optimizer").speedup == pytest.approx(2.5, rel=0.02)
     assert plan.row("original").status == "slower"
-    if HAS_BF16:
-        # on top of channels_last, before the fused optimizer
-        assert plan.row("bf16").status == "slower"
-        assert plan.row("bf16").speedup == pytest.approx(2 / 1.5, rel=0.02)
+    # on top of channels_last, before the fused optimizer
+    assert plan.row("bf16").status == "slower"
+    assert plan.row("bf16").speedup == pytest.approx(2 / 1.5, rel=0.02)
     np.testing.assert_allclose(ours.losses, stock.losses, rtol=1e-3)
 
 
-@pytest.mark.skipif(not HAS_BF16, reason="no bfloat16 instructions here")
 def test_losses_under_bf16_stay_close(clock):
     clock.update(bf16=0.3)
     _, stock = fit(pl.Trainer)
@@ -217,8 +214,7 @@ def test_guard_zero_one_lets_only_equal_steps_pass(clock):
     trainer, ours = fit(guard=Guard(0, 1))
     assert "bf16" not in trainer.plan.chosen
     assert equal(ours, stock)
-    refused = "bf16" if HAS_BF16 else "fused_optimizer"
-    assert "bit for bit" in trainer.plan.row(refused).reason
+    assert "bit for bit" in trainer.plan.row("bf16").reason
 
 
 def test_deterministic_tries_nothing_that_changes_numbers(clock):
@@ -239,7 +235,6 @@ def test_fast_dev_run_is_never_probed(clock):
     assert "fast_dev_run" in trainer.plan.row("channels_last").reason
 
 
-@pytest.mark.skipif(not HAS_BF16, reason="no bfloat16 instructions here")
 def test_a_model_that_breaks_under_bf16_is_refused(clock):
     clock.update(bf16=0.1)
 

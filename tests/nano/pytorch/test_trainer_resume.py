@@ -432,6 +432,7 @@ def test_users_flags_are_in_the_checkpoint(tmp_path):
     assert stored["optimizer_states"][0]["param_groups"][0]["fused"] is None
 
 
+@pytest.mark.usefixtures("bf16")
 def test_a_plan_travels_in_checkpoints(tmp_path, monkeypatch):
     def seconds(self, batches):
         self._perform(batches[0])

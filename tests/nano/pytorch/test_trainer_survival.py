@@ -555,6 +555,7 @@ def test_weight_norm_and_pruning(faster):
     survives(faster, Normed)
 
 
+@pytest.mark.usefixtures("bf16")
 def test_a_step_that_reaches_around_its_module(faster):
     class Around(Base):
         def __init__(self):
@@ -570,6 +571,7 @@ def test_a_step_that_reaches_around_its_module(faster):
     assert "reaches around" in trainer.plan.row("bf16").reason
 
 
+@pytest.mark.usefixtures("bf16")
 def test_a_module_that_cannot_be_copied(faster):
     class Holding(Base):
         def __init__(self):

@@ -11,10 +11,12 @@ from pathlib import Path
 from bigdl._base import machine
 from bigdl._base.optional import is_installed
 
-__all__ = ["Missing", "missing", "no_bf16", "no_cpp", "triton_hazard"]
+__all__ = ["Missing", "int8_saturates", "missing", "no_bf16", "no_cpp", "triton_hazard"]
 
 # Any of these has instructions that multiply bfloat16; without them it is emulated, slowly.
 _BF16 = ("amx_bf16", "avx512_bf16", "bf16")
+# Any of these adds products of 8-bit numbers up in 32 bits.
+_WIDE_SUMS = ("amx_int8", "avx512_vnni", "avx_vnni", "neon")
 
 
 class Missing(str):
@@ -38,6 +40,14 @@ def no_bf16() -> str | None:
     if machine.isa().intersection(_BF16):
         return None
     return "this CPU has no bf16 instructions (AVX-512 BF16, AMX or Arm BF16)"
+
+
+def int8_saturates() -> bool:
+    """Whether a sum of two products of 8-bit numbers can overflow its 16 bits on this CPU.
+
+    So it is on x86 without VNNI; weights that use half their range keep clear of it.
+    """
+    return not machine.isa().intersection(_WIDE_SUMS)
 
 
 def no_cpp() -> str | None:

@@ -13,11 +13,10 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from bigdl._base import machine
 from bigdl._base.errors import ConfigError, NotReadyError, StoredModelError
 from bigdl._base.optional import need
 from bigdl.nano.accelerators.base import Config, make_config
-from bigdl.nano.accelerators.here import missing
+from bigdl.nano.accelerators.here import int8_saturates, missing
 from bigdl.nano.accelerators.scratch import Scratch
 
 if TYPE_CHECKING:
@@ -298,8 +297,7 @@ def _quantize_static(
                 activation_type=q.QuantType.QUInt8,
                 weight_type=q.QuantType.QInt8,
                 per_channel=True,
-                # without VNNI a sum of two products can overflow its 16 bits
-                reduce_range=not machine.isa() & {"avx512_vnni", "avx_vnni", "neon", "amx_int8"},
+                reduce_range=int8_saturates(),
                 calibrate_method=methods[config.calibration_method or "minmax"],
                 use_external_data_format=len(_parts(prepared)) > 1,
             )
@@ -337,7 +335,7 @@ def _quantize_dynamic(path: Path, target: Path) -> None:
                 target,
                 op_types_to_quantize=_DYNAMIC_OPS,
                 per_channel=True,
-                reduce_range=not machine.isa() & {"avx512_vnni", "avx_vnni", "neon", "amx_int8"},
+                reduce_range=int8_saturates(),
                 weight_type=q.QuantType.QInt8,
                 use_external_data_format=len(_parts(prepared)) > 1,
             )

@@ -23,7 +23,7 @@ from bigdl._base.errors import (
 )
 from bigdl._base.optional import need
 from bigdl.nano.accelerators.base import Config, make_config
-from bigdl.nano.accelerators.here import missing, no_bf16
+from bigdl.nano.accelerators.here import int8_saturates, missing, no_bf16
 from bigdl.nano.accelerators.signal_stack import signal_stack_kept
 
 if TYPE_CHECKING:
@@ -302,12 +302,15 @@ def _quantize(model: Any, spec: Spec, calibration: Calibration) -> Any:
             "fast_bias_correction": config.fast_bias_correction is not False,
             "model_type": nncf.ModelType.TRANSFORMER if config.model_type else None,
         }
+        # NNCF's default looks after sums that overflow in the first layer only
+        fix = nncf.OverflowFix.ENABLE if int8_saturates() else None
+        advanced = nncf.AdvancedQuantizationParameters(overflow_fix=fix)
         control = _AccuracyControl(model, spec, calibration) if calibration.has_limit else None
         try:
             data = nncf.Dataset(batches, feed)
             if control is not None:
-                return control.quantize(nncf, data, options)
-            quantized = nncf.quantize(model, data, **options)
+                return control.quantize(nncf, data, advanced, options)
+            quantized = nncf.quantize(model, data, advanced_parameters=advanced, **options)
         except Exception as exc:
             if control is not None and control.fault is not None:
                 raise control.fault from None  # the caller's metric failed: its own error
@@ -332,7 +335,7 @@ class _AccuracyControl:
         self._sign = 1.0 if calibration.higher_is_better else -1.0  # NNCF takes more for better
         self.fault: Exception | None = None
 
-    def quantize(self, nncf: Any, data: Any, options: dict[str, Any]) -> Any:
+    def quantize(self, nncf: Any, data: Any, advanced: Any, options: dict[str, Any]) -> Any:
         """The quantized model that keeps the limit.
 
         Raises:
@@ -353,6 +356,7 @@ class _AccuracyControl:
             validation_fn=self._score,
             max_drop=limit,
             drop_type=nncf.DropType.ABSOLUTE,
+            advanced_quantization_parameters=advanced,
             # one: a metric with a state is not to be shared between threads
             advanced_accuracy_restorer_parameters=nncf.AdvancedAccuracyRestorerParameters(
                 num_ranking_workers=1

@@ -11,7 +11,7 @@ from bigdl._base import machine
 from bigdl._base.errors import BigDLError, ConfigError, NotReadyError
 from bigdl._base.optional import need
 from bigdl.nano.accelerators.base import Config
-from bigdl.nano.accelerators.here import missing, no_cpp, triton_hazard
+from bigdl.nano.accelerators.here import int8_saturates, missing, no_cpp, triton_hazard
 from bigdl.nano.accelerators.torch_compile import TorchCompileConfig, compiled_call, line
 
 if TYPE_CHECKING:
@@ -152,10 +152,7 @@ def _quantized(source: Any, calibration: Calibration) -> Any:
     )
     quantizer = x86.X86InductorQuantizer()
     quantizer.set_global(
-        x86.get_default_x86_inductor_quantization_config(
-            # without VNNI a sum of two products can overflow its 16 bits
-            reduce_range=not machine.isa() & {"avx512_vnni", "avx_vnni", "amx_int8"}
-        )
+        x86.get_default_x86_inductor_quantization_config(reduce_range=int8_saturates())
     )
     batches = iter(calibration.batches)
     try:

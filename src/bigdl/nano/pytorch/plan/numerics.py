@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
-from bigdl._base import machine
+from bigdl.nano.accelerators.here import no_bf16
 from bigdl.nano.pytorch.plan.candidates import Applied, Candidate
 
 if TYPE_CHECKING:
@@ -110,7 +110,7 @@ class Bf16(Candidate):
             return f"your parameters are {words}, and your own precision is never lowered"
         if any(parameter.is_complex() for parameter in scene.module.parameters()):
             return "the model has complex parameters"
-        return None if _has_bf16(scene.device) else "this processor has no bfloat16 instructions"
+        return _no_bf16(scene.device)
 
     def apply(
         self,
@@ -135,12 +135,12 @@ class _Bf16(Applied):
         )
 
 
-def _has_bf16(device: torch.device) -> bool:
+def _no_bf16(device: torch.device) -> str | None:
     if device.type == "cpu":
-        return bool(machine.isa() & {"avx512_bf16", "amx_bf16", "bf16"})
-    if device.type == "cuda":
-        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
-    return False
+        return no_bf16()
+    if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False):
+        return None
+    return f"this {device.type} device has no bf16 arithmetic"
 
 
 # --- fused optimizer --------------------------------------------------------------------------
