@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import pickle
+import signal
+import threading
+import time
 from itertools import pairwise
 from pathlib import Path
 
@@ -218,6 +222,34 @@ def test_a_failing_plan_leaves_nothing_and_is_the_callers_own_error(spark):
     frame = spark.range(4).selectExpr("raise_error('mine') a", "id b")
     with pytest.raises(Exception, match="mine"):
         adapt(frame, Request(feature_cols=["a"], label_cols=["b"]))
+    assert not spark.spooled_folders()
+
+
+def test_a_broken_off_spool_ends_sparks_work(spark, monkeypatch):
+    """Also where Spark's own handler of Ctrl-C, which cancels all jobs, is not in place."""
+    tracker = spark.sparkContext.statusTracker()
+
+    def hang(batches):
+        time.sleep(600)
+        yield from batches
+
+    def interrupt():
+        assert within(60, tracker.getActiveJobsIds)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    thread = threading.Thread(target=interrupt)
+    try:
+        thread.start()
+        with pytest.raises(KeyboardInterrupt):
+            adapt(
+                spark.range(4).mapInArrow(hang, "id long").selectExpr("id a", "id b"),
+                Request(feature_cols=["a"], label_cols=["b"]),
+            )
+    finally:
+        signal.signal(signal.SIGINT, before)
+        thread.join()
+    assert within(30, lambda: not tracker.getActiveJobsIds())
     assert not spark.spooled_folders()
 
 

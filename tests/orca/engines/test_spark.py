@@ -111,13 +111,17 @@ def test_two_engines_share_a_session(engine):
     assert engine.gang(lambda ctx: ctx.rank, 4) == [0, 1, 2, 3]
 
 
+def settings(session):
+    return {row.key: row.value for row in session.sql("SET").collect()}
+
+
 def test_a_joined_session_is_left_as_it_was(session):
-    before = dict(session.sparkContext.getConf().getAll()), dict(session.conf.getAll)
+    before = settings(session), dict(session.sparkContext.getConf().getAll())
     engine = _open()
     assert engine.spark is session
     engine.gang(lambda ctx: ctx.rank, 2)
     engine.close()
-    assert (dict(session.sparkContext.getConf().getAll()), dict(session.conf.getAll)) == before
+    assert (settings(session), dict(session.sparkContext.getConf().getAll())) == before
     assert session.range(5).count() == 5
     with pytest.raises(ContextError, match="init_orca_context"):
         engine.spark  # noqa: B018

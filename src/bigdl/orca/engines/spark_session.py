@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     from bigdl.orca.engines.base import EngineSettings
     from bigdl.orca.engines.host import Entrance
 
-__all__ = ["Session", "address_of", "package"]
+__all__ = ["Session", "address_of", "is_connect", "package"]
 
 _EXECUTORS_S = 120.0
 # Those that pyspark sets in the process of a session, for its own later calls.
@@ -61,7 +61,7 @@ class Session:
         self.spark = spark
         self._changes = changes
         #: None on Spark Connect.
-        self._context = None if _is_remote(spark) else spark.sparkContext
+        self._context = None if is_connect(spark) else spark.sparkContext
         self.conf = self._settings()
 
     @classmethod
@@ -274,7 +274,7 @@ def address_of(spark: Any, conf: Mapping[str, str]) -> str:
         spark: The session.
         conf: Its settings.
     """
-    if _is_remote(spark):  # the interface that leads to its server
+    if is_connect(spark):  # the interface that leads to its server
         host = spark.client._builder.host.strip("[]")
         found = socket.getaddrinfo(host, 15002, type=socket.SOCK_DGRAM)  # nothing is sent there
         family, kind, proto, _, target = found[0]
@@ -298,7 +298,8 @@ def _need_java() -> None:
         )
 
 
-def _is_remote(spark: Any) -> bool:
+def is_connect(spark: Any) -> bool:
+    """Whether a session is one over Spark Connect."""
     return type(spark).__module__.startswith("pyspark.sql.connect")
 
 

@@ -77,7 +77,7 @@ def _watched(frame: Any) -> Callable[[], bool]:
         return lambda: (found := alive()) is not None and not getattr(found, "is_stopped", False)
     context = session.sparkContext
     plan = frame._jdf.queryExecution().logical()
-    while not plan.getClass().getSimpleName().startswith("MapIn"):
+    while "MapInArrow" not in plan.getClass().getSimpleName():  # "PythonMapInArrow" before Spark 4
         plan = plan.children().head()
     function = plan.functionExpr().func()
     weak = context._jvm.java.lang.ref.WeakReference(function)

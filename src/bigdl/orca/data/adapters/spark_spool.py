@@ -9,6 +9,7 @@ import json
 import pickle
 import secrets
 import sys
+from contextlib import contextmanager
 from dataclasses import dataclass
 from inspect import signature
 from typing import TYPE_CHECKING, Any
@@ -24,7 +25,7 @@ from bigdl.orca.data.spool import Shard, Shards, held
 from bigdl.orca.data.spool_lease import Lease
 from bigdl.orca.data.spool_write import Order, differing, written
 from bigdl.orca.engines.pickling import dumps
-from bigdl.orca.engines.spark_session import address_of
+from bigdl.orca.engines.spark_session import address_of, is_connect
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -106,15 +107,10 @@ def _task(order: bytes) -> Callable[[Iterator[pa.RecordBatch]], Iterator[pa.Reco
 
 def _collected(frame: Any) -> list[dict[str, Any]]:
     """The notes. If this is broken off, Spark's work ends too."""
-    session, tag = frame.sparkSession, f"bigdl-spool-{secrets.token_hex(4)}"
-    has_tags = hasattr(session, "interruptTag")
-    if has_tags:
-        session.addTag(tag)
     try:
-        return [json.loads(row[0]) for row in frame.collect()]
-    except BaseException as exc:
-        if has_tags:
-            session.interruptTag(tag)
+        with _cancelled_if_broken_off(frame.sparkSession):
+            return [json.loads(row[0]) for row in frame.collect()]
+    except Exception as exc:
         if "No module named 'bigdl'" in str(exc):
             raise ContextError(
                 "The Python workers of this Spark session cannot import bigdl. Start the session "
@@ -122,9 +118,25 @@ def _collected(frame: Any) -> list[dict[str, Any]]:
                 f"PYSPARK_PYTHON={sys.executable} in the environment before it starts."
             ) from exc
         raise
+
+
+@contextmanager
+def _cancelled_if_broken_off(session: Any) -> Iterator[None]:
+    """What is asked of Spark inside ends where the caller no longer waits for it."""
+    tag = f"bigdl-spool-{secrets.token_hex(4)}"
+    if is_connect(session):
+        add, cancel, remove = session.addTag, session.interruptTag, session.removeTag
+    else:  # such a session's own tags are lost with the JVM's thread, which Ctrl-C costs
+        context = session.sparkContext
+        add, cancel, remove = context.addJobTag, context.cancelJobsWithTag, context.removeJobTag
+    add(tag)
+    try:
+        yield
+    except BaseException:
+        cancel(tag)
+        raise
     finally:
-        if has_tags:
-            session.removeTag(tag)
+        remove(tag)
 
 
 def spooled(notes: list[dict[str, Any]], lease: Lease) -> Spooled:
