@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import re
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -27,6 +28,11 @@ SETS_ENVIRONMENT = "_base/environment.py"
 
 def _name(path: Path) -> str:
     return path.relative_to(SRC).as_posix()
+
+
+@cache
+def _tree(path: Path) -> ast.Module:
+    return ast.parse(path.read_text())
 
 
 def _functions_around(tree: ast.AST):
@@ -56,13 +62,13 @@ def test_names_are_lowercase():
 
 @pytest.mark.parametrize("path", FILES, ids=_name)
 def test_every_module_says_what_it_is_for(path):
-    assert ast.get_docstring(ast.parse(path.read_text())), f"{_name(path)} has no docstring"
+    assert ast.get_docstring(_tree(path)), f"{_name(path)} has no docstring"
 
 
 @pytest.mark.parametrize("path", FILES, ids=_name)
 def test_nothing_is_printed(path):
     printing = {"print", "pprint", "pprint.pprint", "sys.stdout.write"}
-    for node, function in _functions_around(ast.parse(path.read_text())):
+    for node, function in _functions_around(_tree(path)):
         if isinstance(node, ast.Call) and ast.unparse(node.func) in printing:
             allowed = function in PRINTS or _name(path) == COMMAND
             assert allowed, f"{_name(path)}:{node.lineno} prints"
@@ -102,7 +108,7 @@ SCOPED: dict[str, set[str]] = {
 
 @pytest.mark.parametrize("path", FILES, ids=_name)
 def test_nothing_is_set_for_the_whole_process(path):
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in ast.walk(_tree(path)):
         if isinstance(node, ast.Call):
             called = ast.unparse(node.func)
             reach = [name for name in PROCESS_WIDE if f".{called}".endswith(f".{name}")]
@@ -125,7 +131,7 @@ def test_the_environment_is_changed_in_one_place(path):
 
 @pytest.mark.parametrize("path", FILES, ids=_name)
 def test_caught_exceptions_are_named(path):
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in ast.walk(_tree(path)):
         if isinstance(node, ast.ExceptHandler):
             assert node.type is not None, f"{_name(path)}:{node.lineno} catches everything"
 
