@@ -15,6 +15,7 @@ from torch import nn
 from bigdl._base import machine
 from bigdl._base.workers import run_in_child
 from bigdl.nano.pytorch import Plan
+from bigdl.nano.pytorch.plan import process
 from bigdl.nano.pytorch.plan.candidates import Scene, candidate
 from bigdl.nano.pytorch.plan.plan import device_of
 
@@ -216,8 +217,31 @@ def _faults_and_pages_given_back():
     return own, kept, held - resident()
 
 
+@pytest.mark.parametrize(
+    ("pages", "step_s", "huge", "reason"),
+    [
+        (1.0, 1e-3, "always [madvise] never", "new pages take 0.5% of a step's time"),
+        (3.0, 1e-3, "always [madvise] never", None),
+        (1.0, 1e-3, "[always] madvise never", None),  # that one may have been of 2 MB
+        (1.0, 1e-3, None, "new pages take 0.5%"),
+        (None, 1e-3, None, None),
+        (1.0, None, None, None),
+    ],
+)
+def test_the_allocator_is_not_tried_where_steps_get_no_memory(
+    pages, step_s, huge, reason, monkeypatch, tmp_path
+):
+    if huge is not None:
+        folder = tmp_path / "sys/kernel/mm/transparent_hugepage"
+        folder.mkdir(parents=True)
+        (folder / "enabled").write_text(huge)
+    has_huge_pages = process._has_huge_pages
+    monkeypatch.setattr(process, "_has_huge_pages", lambda: has_huge_pages(tmp_path))
+    told = candidate("allocator").refuse(scene(nn.Linear(1, 1), page_faults=pages, step_s=step_s))
+    assert told is None if reason is None else reason in told
+
+
 def test_the_allocator_is_refused_beside_another(monkeypatch):
-    from bigdl.nano.pytorch.plan import process
 
     monkeypatch.setattr(process, "allocator_in_use", lambda: "jemalloc")
     assert "jemalloc" in candidate("allocator").refuse(scene(nn.Linear(1, 1)))

@@ -12,6 +12,7 @@ from bigdl.orca.engines.spark_conf import (
     session_conf,
     session_env,
     slots_of,
+    starts_none,
 )
 
 COMMON = {
@@ -152,6 +153,25 @@ def test_variables_while_it_starts():
 )  # fmt: skip
 def test_slots_that_settings_tell(settings, slots):
     assert slots_of(settings, 6) == slots
+
+
+DYNAMIC = "spark.dynamicAllocation."
+
+
+@pytest.mark.parametrize(
+    ("settings", "answer"),
+    [
+        ({}, False),
+        ({DYNAMIC + "enabled": "false"}, False),
+        ({DYNAMIC + "enabled": "true"}, True),
+        ({DYNAMIC + "enabled": "TRUE", DYNAMIC + "minExecutors": "0"}, True),
+        ({DYNAMIC + "enabled": "true", DYNAMIC + "minExecutors": "1"}, False),
+        ({DYNAMIC + "enabled": "true", DYNAMIC + "initialExecutors": "2"}, False),
+        ({DYNAMIC + "enabled": "true", "spark.executor.instances": "3"}, False),
+    ],
+)
+def test_whether_executors_start_only_for_work(settings, answer):
+    assert starts_none(settings) is answer
 
 
 def test_what_agrees_with_a_running_session_contradicts_nothing():

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import textwrap
 from typing import TYPE_CHECKING
+from unittest.mock import Mock
 
 import pytest
 
@@ -188,6 +189,19 @@ def test_a_gang_where_spark_had_given_its_executors_back():
         [sys.executable, "-c", ELASTIC], capture_output=True, text=True, timeout=180
     )
     assert done.stdout.splitlines()[-1:] == ["0 [0, 1, 2, 3] 2"], done.stderr[-3000:]
+
+
+def test_executors_that_nobody_can_count_are_said_so_at_once():
+    """With dynamic allocation that starts at none and has no limit, nobody knows how many."""
+    java = Mock()
+    java.maxNumConcurrentTasks.return_value = 0
+    spark = Mock()
+    spark.sparkContext._jsc.sc.return_value = java
+    spark.sparkContext.getConf.return_value.getAll.return_value = [
+        ("spark.master", "yarn"), ("spark.dynamicAllocation.enabled", "true"),
+    ]  # fmt: skip
+    with pytest.raises(ConfigError, match=r"spark\.dynamicAllocation\.maxExecutors"):
+        spark_session.Session(spark).slots()
 
 
 # --- what cannot be started -------------------------------------------------------------------

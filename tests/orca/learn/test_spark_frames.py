@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 import shutil
 import signal
+import subprocess
 import sys
+import textwrap
 
 import numpy as np
 import pytest
@@ -166,3 +168,85 @@ def test_a_killed_executor_changes_no_weight(above, local, tmp_path):
     assert (tmp_path / "mark").exists()
     torch.testing.assert_close(weights(est), local[0], rtol=1e-6, atol=1e-7)
     assert [row["rows"] for row in found] == [401, 401]
+
+
+CTRL_C = textwrap.dedent("""
+    import glob, os, signal, time
+    import torch
+    from torch import nn
+    from bigdl.orca import init_orca_context
+    from bigdl.orca.data.spool_lease import Lease
+    from bigdl.orca.learn.callbacks import Callback
+    from bigdl.orca.learn.pytorch import Estimator
+
+    names, begin = [], Lease.__init__
+    def noted(lease, *args):
+        begin(lease, *args)
+        names.append(lease.ticket.name)
+    Lease.__init__ = noted
+
+    driver, folder = os.getpid(), os.environ["TMPDIR"]
+
+    def press(batches):
+        os.kill(driver, signal.SIGINT)
+        time.sleep(300)
+        yield from batches
+
+    class Press(Callback):
+        def on_step_end(self, state):
+            if state.step == 3 and state.rank == 0:
+                os.kill(driver, signal.SIGINT)
+                time.sleep(300)
+
+    class Line(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = nn.Linear(1, 1)
+        def forward(self, x):
+            return self.net(x[:, None].float())[:, 0]
+
+    def fit(frame, **more):
+        model = Line()
+        est = Estimator.from_torch(
+            model, torch.optim.SGD(model.parameters(), lr=0.01), nn.MSELoss(), workers=2
+        )
+        rows = est.fit(frame, batch_size=20, feature_cols="x", label_cols="y", **more)
+        est.shutdown()
+        return rows
+
+    def soon(what):
+        deadline = time.monotonic() + 30
+        while what() and time.monotonic() < deadline:
+            time.sleep(0.1)
+        return not what()
+
+    def spooled():
+        places = [f"/dev/shm/bigdl-spool-*{name}*" for name in names]
+        places += [f"{folder}/**/bigdl-spool-*{name}*" for name in names]
+        return [path for place in places for path in glob.glob(place, recursive=True)]
+
+    with init_orca_context(runtime="spark", cores=2) as context:
+        context.spark.sparkContext.setLogLevel("OFF")
+        frame = context.spark.range(0, 401, 1, 3).selectExpr("float(id % 7) x", "float(id % 3) y")
+        active = context.spark.sparkContext.statusTracker().getActiveJobsIds
+        for name, call in {
+            "spool": lambda: fit(frame.mapInArrow(press, frame.schema)),
+            "fit": lambda: fit(frame, callbacks=[Press()]),
+        }.items():
+            try:
+                call()
+            except KeyboardInterrupt:
+                print(name, "broken off", soon(active), soon(spooled), flush=True)
+        print([row["rows"] for row in fit(frame)], soon(spooled))
+""")
+
+
+@pytest.mark.slow
+def test_ctrl_c_in_the_spool_and_in_the_fit(tmp_path):
+    """Either ends Spark's work and leaves no file, and the session serves the next fit."""
+    done = subprocess.run(
+        [sys.executable, "-c", CTRL_C], capture_output=True, text=True, timeout=240,
+        env={**os.environ, "TMPDIR": str(tmp_path)},
+    )  # fmt: skip
+    wanted = ["spool broken off True True", "fit broken off True True", "[401] True"]
+    assert done.stdout.splitlines() == wanted, done.stderr[-3000:]

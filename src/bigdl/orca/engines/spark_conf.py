@@ -15,7 +15,16 @@ if TYPE_CHECKING:
 
     from bigdl.orca.engines.base import EngineSettings
 
-__all__ = ["contradictions", "is_here", "master_of", "session_conf", "session_env", "slots_of"]
+__all__ = [
+    "contradictions",
+    "executor_cores",
+    "is_here",
+    "master_of",
+    "session_conf",
+    "session_env",
+    "slots_of",
+    "starts_none",
+]
 
 _LOOPBACK = "127.0.0.1"
 _CLUSTER = re.compile(r"local-cluster\[\s*(\d+)\s*,\s*(\d+)\s*,\s*(\d+)\s*\]")
@@ -153,7 +162,7 @@ def slots_of(conf: Mapping[str, str], cores: int) -> int | None:
     if match := _LOCAL.fullmatch(master):
         return cores if match[1] == "*" else int(match[1] or 1)
     each = conf.get("spark.executor.cores")
-    if conf.get("spark.dynamicAllocation.enabled", "false").lower() == "true":
+    if _is_elastic(conf):
         most = conf.get("spark.dynamicAllocation.maxExecutors")
         if most is not None and each is not None:
             found = int(most) * int(each)
@@ -164,6 +173,20 @@ def slots_of(conf: Mapping[str, str], cores: int) -> int | None:
         return int(limit)
     many = conf.get("spark.executor.instances")
     return int(many) * int(each) if many is not None and each is not None else None
+
+
+def starts_none(conf: Mapping[str, str]) -> bool:
+    """Whether a session with these settings starts no executor before there is work for one."""
+    names = (
+        "spark.dynamicAllocation.minExecutors",
+        "spark.dynamicAllocation.initialExecutors",
+        "spark.executor.instances",
+    )
+    return _is_elastic(conf) and all(int(conf.get(name, "0")) == 0 for name in names)
+
+
+def _is_elastic(conf: Mapping[str, str]) -> bool:
+    return conf.get("spark.dynamicAllocation.enabled", "false").lower() == "true"
 
 
 def executor_cores(conf: Mapping[str, str]) -> int | None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import io
+import logging
 import os
 import shutil
 import signal
@@ -32,6 +33,7 @@ from bigdl.orca.engines.spark_conf import (
     session_conf,
     session_env,
     slots_of,
+    starts_none,
 )
 
 if TYPE_CHECKING:
@@ -43,7 +45,10 @@ if TYPE_CHECKING:
 
 __all__ = ["Session", "address_of", "is_connect", "package"]
 
+logger = logging.getLogger(__name__)
+
 _EXECUTORS_S = 120.0
+_TOLD_AFTER_S = 10.0
 # Those that pyspark sets in the process of a session, for its own later calls.
 _VARIABLES = ("SPARK_AUTH_SOCKET_TIMEOUT", "SPARK_BUFFER_SIZE")
 
@@ -158,23 +163,27 @@ class Session:
         """What the executors that are there run at once, waiting for the first."""
         java: Any = self.spark.sparkContext._jsc.sc()
         profile = java.resourceProfileManager().defaultResourceProfile()
-        deadline = time.monotonic() + _EXECUTORS_S
-        found, since = 0, time.monotonic()
-        while time.monotonic() < deadline:
+        begin = time.monotonic()
+        found, since, is_told = 0, begin, False
+        while (now := time.monotonic()) < begin + _EXECUTORS_S:
             tasks = int(java.maxNumConcurrentTasks(profile))
             if tasks != found:
-                found, since = tasks, time.monotonic()
-            elif found and time.monotonic() - since > 2.0:  # no more are coming
+                found, since = tasks, now
+            elif found and now - since > 2.0:  # no more are coming
                 return found
+            elif not found and starts_none(self.conf):
+                raise ConfigError(
+                    "This Spark session starts executors as work needs them (dynamic allocation), "
+                    "so nobody knows how many workers there can be: say so by "
+                    "spark.dynamicAllocation.maxExecutors and spark.executor.cores."
+                )
+            elif not found and not is_told and now - begin > _TOLD_AFTER_S:
+                is_told = True
+                logger.warning("Waiting up to %g s for Spark's first executor", _EXECUTORS_S)
             time.sleep(0.1)
-        advice = "Does its master have workers with enough free cores and memory?"
-        if self.conf.get("spark.dynamicAllocation.enabled", "false").lower() == "true":
-            advice = (
-                "It starts them as work needs them (dynamic allocation): say how many there may "
-                "be, by spark.dynamicAllocation.maxExecutors and spark.executor.cores."
-            )
         raise TimeLimitError(
-            f"The Spark cluster has given no executor within {_EXECUTORS_S:g} s. {advice}"
+            f"The Spark cluster has given no executor within {_EXECUTORS_S:g} s. Does its master "
+            "have workers with enough free cores and memory?"
         )
 
     def _partitions(self) -> int:
@@ -185,6 +194,8 @@ class Session:
     def _settings(self) -> dict[str, str]:
         if self._context is not None:
             return {str(name): str(value) for name, value in self._context.getConf().getAll()}
+        if not hasattr(self.spark.conf, "getAll"):  # before Spark 4
+            return {row.key: row.value for row in self.spark.sql("SET").collect()}
         return {str(name): str(value) for name, value in self.spark.conf.getAll.items()}
 
     # --- what it does ---

@@ -13,6 +13,7 @@ import statistics
 import time
 import warnings
 from dataclasses import replace
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 from bigdl._base.errors import ConfigError
@@ -28,6 +29,7 @@ from bigdl.nano.pytorch.plan.candidates import NAMES, Scene
 from bigdl.nano.pytorch.plan.choice import WORTH, Choice
 from bigdl.nano.pytorch.plan.on_run import TrialOnRun
 from bigdl.nano.pytorch.plan.plan import InForce, Plan, Row, device_of
+from bigdl.nano.pytorch.plan.process import page_faults
 from bigdl.nano.pytorch.plan.timing import LONG_STEP_S, slower
 
 if TYPE_CHECKING:
@@ -94,6 +96,7 @@ class Session:
         self._batches: list[tuple[Any, int]] = []
         self._steps: list[float] = []  # seconds of each step
         self._starts: list[float] = []  # when each began
+        self._faults: list[int] = []  # pages that the process had got when each ended
         self._choice: Choice | None = None
         self._spent_s = 0.0
         self._steps_at_choice: int | None = None
@@ -202,6 +205,8 @@ class Session:
     def _after(self, start: float, seconds: float) -> None:
         self._starts.append(start)
         self._steps.append(seconds)
+        if (faults := page_faults()) is not None:
+            self._faults.append(faults)
         if self._is_measured():
             self._try()
         if self._loop.after_step is not None:  # decided just now: this step was still the user's
@@ -288,8 +293,13 @@ class Session:
             precision=str(trainer.precision_plugin.precision),
             step_s=self._own_s if self._steps else None,
             loader_share=1 - self._own_s / self._wall_s() if len(self._steps) > 2 else None,
+            page_faults=self._page_faults(),
             readers=self._readers if self._may_read_ahead() else None,
         )
+
+    def _page_faults(self) -> float | None:
+        counts = [after - before for before, after in pairwise(self._faults)]
+        return statistics.median(counts) if counts else None
 
     def _readers(self) -> list[Any]:
         """Iterators of the training loaders, as they are now."""

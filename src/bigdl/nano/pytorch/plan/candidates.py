@@ -36,6 +36,7 @@ class Scene:
         step_s: Seconds of the user's own step, None if it was not measured.
         loader_share: Share of the time from step to step that passes in fetching the batch, at
             most; None if unknown.
+        page_faults: Pages that a step gets from the system, as a rule; None if unknown.
         readers: Gives the iterators of the run's DataLoaders, as they are at the call; None
             where there are none.
     """
@@ -50,6 +51,7 @@ class Scene:
     precision: str = "32-true"
     step_s: float | None = None
     loader_share: float | None = None
+    page_faults: float | None = None
     readers: Callable[[], Sequence[Any]] | None = None
 
 

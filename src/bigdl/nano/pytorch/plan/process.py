@@ -9,6 +9,7 @@ import ctypes
 import platform
 import sys
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
 
     from bigdl.nano.pytorch.plan.candidates import Scene
 
-__all__ = ["Allocator", "Processes", "Threads"]
+__all__ = ["Allocator", "Processes", "Threads", "page_faults"]
 
 
 # --- memory allocation ------------------------------------------------------------------------
@@ -41,6 +42,12 @@ _AS_EVER = {
     _TRIM_THRESHOLD: 64 << 20,
     _TOP_PAD: 128 << 10,
 }
+
+
+#: What a page from the system costs at most (4.2 µs were measured in a virtual machine).
+_PAGE_S = 5e-6
+#: Of a step's time: less is not worth a trial.
+_LEAST_SHARE = 0.01
 
 
 class Allocator(Candidate):
@@ -63,6 +70,10 @@ class Allocator(Candidate):
         other = allocator_in_use()
         if other is not None:
             return f"the process runs on {other}, which keeps memory already"
+        if scene.page_faults is not None and scene.step_s and not _has_huge_pages():
+            share = scene.page_faults * _PAGE_S / scene.step_s
+            if share < _LEAST_SHARE:
+                return f"new pages take {share:.1%} of a step's time at most: too little to win"
         return None
 
     def apply(
@@ -72,6 +83,24 @@ class Allocator(Candidate):
         scene: Scene,
     ) -> Applied:
         return _Allocator()
+
+
+def _has_huge_pages(root: Path = Path("/")) -> bool:
+    """Whether a page may be one of megabytes, without having been asked for."""
+    file = root / "sys/kernel/mm/transparent_hugepage/enabled"
+    try:
+        return "[always]" in file.read_text()
+    except OSError:
+        return False
+
+
+def page_faults() -> int | None:
+    """Pages that this process has got from the system so far; None where it cannot be told."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 
 
 class _Allocator(Applied):

@@ -49,8 +49,8 @@ def time_in_turns(own: Any, other: Any, *, limit_s: float) -> Timing:
     """Time ``own(n)`` and ``other(n)``, each the seconds of a step over n steps, in turns.
 
     Both have taken a step before. Long steps get two turns, and more while the second seems much
-    faster and the turns disagree; short ones blocks of some 10 ms, at least six turns, and more
-    until the doubt is below 1 % or the answer is clear.
+    faster and the turns disagree; short ones blocks of some 10 ms, at least six turns (four where
+    the second is much slower), and more until the doubt is below 1 % or the answer is clear.
     """
     first, second = own(1), other(1)
     step_s = max(first, second)
@@ -74,9 +74,11 @@ def time_in_turns(own: Any, other: Any, *, limit_s: float) -> Timing:
             b = other(steps)
         turns.append((a, b))
         spent += (a + b) * steps
-        if len(turns) < 6:
+        if len(turns) < 4:
             continue
         timing = timing_of(turns)
+        if len(turns) < 6 and timing.speedup + 4 * timing.doubt > 0.9:  # not hopeless
+            continue
         is_clear = abs(timing.speedup - 1) > 4 * timing.doubt or timing.doubt < 0.005
         if is_clear or spent > limit_s:
             break
