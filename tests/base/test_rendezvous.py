@@ -19,7 +19,7 @@ from dataclasses import replace
 import pytest
 
 from bigdl._base import wire
-from bigdl._base.gang import CHALLENGE, HELLO, MEMBER_LIMIT
+from bigdl._base.gang import CHALLENGE, HELLO, LANGUAGE, MEMBER_LIMIT
 from bigdl._base.nursery import emit
 from bigdl._base.rendezvous import Rendezvous, Ticket, join
 from bigdl._base.workers import Workers
@@ -251,7 +251,7 @@ def test_an_answer_overheard_earlier_opens_nothing():
             ((_, challenge),) = frames
             body = b'{"rank": 0, "host": "h", "address": "a", "pid": 1, "node": "n"}'
             mine = wire.nonce()
-            shown = wire.proof(ticket.key, b"bigdl rendezvous 1", b"worker", challenge, mine, body)
+            shown = wire.proof(ticket.key, LANGUAGE, b"worker", challenge, mine, body)
             spoken = wire.frame(HELLO, mine + shown + body)
             # not sent here, but played on another line
         with socket.create_connection((ticket.address, ticket.port)) as sock:
@@ -608,3 +608,28 @@ def test_frames_may_come_in_any_pieces():
 def test_a_proof_tells_parts_apart():
     assert wire.proof(b"k", b"ab", b"c") != wire.proof(b"k", b"a", b"bc")
     assert wire.proof(b"k", b"a") != wire.proof(b"other", b"a")
+
+
+# --- roll calls ---
+
+
+def test_a_roll_call_names_those_who_wait_for_nothing():
+    with meeting(4) as (_, gangs):
+        gangs[2].close()  # has left in good order
+
+        def wait(gang):
+            with pytest.raises(TimeLimitError):
+                gang.get(["never"], timeout_s=3)
+
+        with ThreadPoolExecutor() as pool:
+            waiting = pool.submit(wait, gangs[1])
+            assert gangs[0].call_roll() == [3]  # 3 is busy with something else
+            assert gangs[0].call_roll() == [3]
+            waiting.result()
+
+
+def test_a_roll_call_ends_when_all_have_answered():
+    with meeting(3) as (_, gangs):
+        started = time.monotonic()
+        assert all_at_once(lambda gang: gang.call_roll(), gangs) == [[], [], []]
+        assert time.monotonic() - started < 1

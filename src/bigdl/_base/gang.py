@@ -33,14 +33,17 @@ if TYPE_CHECKING:
 __all__ = ["Failure", "Gang", "Member", "Ticket", "pack_values"]
 
 # Kinds of frames. From the rendezvous: a challenge, then what became of the answer.
-CHALLENGE, REFUSED, WELCOME, MET, VALUES, LEFT, FAILED = range(7)
+CHALLENGE, REFUSED, WELCOME, MET, VALUES, LEFT, FAILED, CALLED, ABSENT = range(9)
 # From a worker.
-HELLO, PUT, GET, ABORT, BYE = range(16, 21)
+HELLO, PUT, GET, ABORT, BYE, CALL_ROLL, HERE = range(16, 23)
 
-LANGUAGE = b"bigdl rendezvous 1"
+LANGUAGE = b"bigdl rendezvous 2"
 STRANGER_LIMIT = 4096
 MEMBER_LIMIT = 1 << 28
 _WORDS_LIMIT = 16_000
+
+#: In a roll call, workers have so long to say that they wait.
+ROLL_CALL_S = 1.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -145,6 +148,7 @@ class Gang:
         self._failure: Failure | None = None
         self._answers: dict[int, bytes] = {}
         self._asked = 0
+        self._absent: list[int] | None = None
         #: How often it has shared: the same number on all workers.
         self.shares = 0
         self._closed = False
@@ -272,6 +276,22 @@ class Gang:
         self.put(f"{stem}{self.rank}", value, reads=self.world)
         return self.get([f"{stem}{rank}" for rank in range(self.world)], timeout_s=timeout_s)
 
+    def call_roll(self) -> list[int]:
+        """The ranks that neither wait for anything nor have left, after about a second.
+
+        For the story of a time limit: whoever waits in vain may itself be waited for, and what
+        people want to know is where that begins.
+
+        Raises:
+            WorkerError: As ``check``.
+        """
+        deadline = time.monotonic() + 2 * ROLL_CALL_S
+        self._absent = None
+        self._send(CALL_ROLL)
+        while self._absent is None and time.monotonic() < deadline:
+            self._hear(deadline)
+        return self._absent or []
+
     # --- its end ---
 
     def close(self) -> None:
@@ -323,6 +343,10 @@ class Gang:
                 self.left.add(int.from_bytes(payload, "big"))
             elif kind == FAILED and self._failure is None:
                 self._failure = Failure(**json.loads(payload))
+            elif kind == CALLED:
+                self._send(HERE)
+            elif kind == ABSENT:
+                self._absent = json.loads(payload)
             elif kind == MET:
                 self._meet(json.loads(payload))
 

@@ -20,17 +20,22 @@ from bigdl._base import wire
 from bigdl._base.errors import ConfigError
 from bigdl._base.gang import (
     ABORT,
+    ABSENT,
     BYE,
+    CALL_ROLL,
+    CALLED,
     CHALLENGE,
     FAILED,
     GET,
     HELLO,
+    HERE,
     LANGUAGE,
     LEFT,
     MEMBER_LIMIT,
     MET,
     PUT,
     REFUSED,
+    ROLL_CALL_S,
     STRANGER_LIMIT,
     VALUES,
     WELCOME,
@@ -82,6 +87,15 @@ class _Request:
         self.missing = missing
 
 
+class _RollCall:
+    """Some workers ask who else waits; each is asked, and has a moment to answer."""
+
+    def __init__(self) -> None:
+        self.until = time.monotonic() + ROLL_CALL_S
+        self.askers: list[_Caller] = []
+        self.here: set[int | None] = set()
+
+
 class Server:
     """Everything that happens at a rendezvous. ``run`` is its thread.
 
@@ -103,6 +117,7 @@ class Server:
         self._wanted: dict[str, list[_Request]] = {}  # by key that has not come yet
         self._closing = False
         self._asked_abort: str | None = None
+        self._roll: _RollCall | None = None
         self.failure: Failure | None = None
         self.members: tuple[Member, ...] = ()
         #: Set when all have come, or never will.
@@ -178,6 +193,8 @@ class Server:
         ends = [caller.came + _STRANGER_S for caller in self._strangers()]
         if not self.settled.is_set():
             ends.append(self._deadline)
+        if self._roll is not None:
+            ends.append(self._roll.until)
         return max(0.0, min(ends) - time.monotonic()) + 0.001 if ends else None
 
     def _strangers(self) -> list[_Caller]:
@@ -190,6 +207,8 @@ class Server:
                 self._drop(caller)
         if not self.settled.is_set() and now >= self._deadline:
             self._fail(Failure(kind="late", rank=None, text=self._who_is_missing()))
+        if self._roll is not None and now >= self._roll.until:
+            self._end_roll_call(self._roll)
 
     def _who_is_missing(self) -> str:
         came = [caller.asked for caller in self._joined if caller.asked is not None]
@@ -381,6 +400,16 @@ class Server:
                 text = f"Worker {caller.asked} of {self._world} ({caller.member}) failed: "
                 failure = replace(failure, rank=caller.asked, text=text + failure.text)
             self._fail(failure)
+        elif kind == CALL_ROLL:
+            if self._roll is None:
+                self._roll = _RollCall()
+                self._tell_all(CALLED)
+            self._roll.askers.append(caller)
+        elif kind == HERE:
+            if self._roll is not None:
+                self._roll.here.add(caller.rank)
+                if not self._absent(self._roll):
+                    self._end_roll_call(self._roll)
         elif kind == BYE:
             if not self.members:
                 self._gone(caller)  # it did not wait for the others
@@ -389,6 +418,19 @@ class Server:
             self._tell_all(LEFT, int(caller.rank or 0).to_bytes(4, "big"))
             if all(one.has_left for one in self._joined):
                 self.over.set()
+
+    def _absent(self, roll: _RollCall) -> list[int]:
+        return [
+            member.rank
+            for member, caller in zip(self.members, self._joined, strict=True)
+            if not caller.has_left and member.rank not in roll.here
+        ]
+
+    def _end_roll_call(self, roll: _RollCall) -> None:
+        self._roll = None
+        absent = json.dumps(self._absent(roll)).encode()
+        for caller in roll.askers:
+            self._say(caller, ABSENT, absent)
 
     def _answer(self, request: _Request) -> None:
         """Give a worker its values if all of them have come."""
@@ -412,7 +454,7 @@ class Server:
             self.over.set()
             self._tell_all(FAILED, json.dumps(asdict(failure)).encode())
 
-    def _tell_all(self, kind: int, payload: bytes) -> None:
+    def _tell_all(self, kind: int, payload: bytes = b"") -> None:
         for caller in list(self._joined):
             self._say(caller, kind, payload)
 

@@ -216,6 +216,7 @@ def test_several_optimizers_of_a_gan(faster):
     assert rehearsed(survives(faster, Gan))
 
 
+@pytest.mark.usefixtures("bf16")
 def test_closures_of_lbfgs(faster):
     class Lbfgs(Base):
         def configure_optimizers(self):

@@ -16,12 +16,12 @@ from bigdl._base import wire
 from bigdl._base.errors import ContextError, TimeLimitError, WorkerLostError
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Sequence
+    from collections.abc import Collection, Iterable, Sequence
     from typing import NoReturn
 
     from bigdl._base.gang import Gang
 
-__all__ = ["accept_all", "lost", "mesh", "reach", "receive"]
+__all__ = ["accept_all", "lost", "mesh", "reach", "receive", "too_late"]
 
 _RANK_BYTES = 4
 #: Whoever connects has so long to show that it is one of us.
@@ -170,6 +170,23 @@ def lost(gang: Gang, rank: int) -> NoReturn:
     raise WorkerLostError(
         f"W{gang.name(rank)[1:]} has left while worker {gang.rank} still needed it.",
         rank=rank,
+    )
+
+
+def too_late(
+    gang: Gang, doing: str, waited_for: Iterable[int], limit_s: float | None
+) -> TimeLimitError:
+    """What a worker says that has waited for others in vain.
+
+    It names those who wait for nobody: the ones it ``waited_for`` may only have had no more luck.
+
+    Raises:
+        WorkerError: Another has meanwhile said what is the matter.
+    """
+    late = ", ".join(map(gang.name, gang.call_roll() or waited_for))
+    return TimeLimitError(
+        f"Worker {gang.rank} of {gang.world} waited {limit_s:g} s in {doing} for {late}: alive, "
+        "but not come."
     )
 
 

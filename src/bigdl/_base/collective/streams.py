@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from bigdl._base.collective.links import lost
-from bigdl._base.errors import ConfigError, TimeLimitError
+from bigdl._base.collective.links import lost, too_late
+from bigdl._base.errors import ConfigError
 
 if TYPE_CHECKING:
     import socket
@@ -203,11 +203,8 @@ class Streams:
         if any(fd == self._gang.fileno() for fd, _ in ready):
             self._gang.check()
         if self._timeout_s is not None and time.monotonic() - started > self._timeout_s:
-            late = ", ".join(self._gang.name(stream.rank) for stream in busy)
-            raise TimeLimitError(
-                f"Worker {self._gang.rank} of {self._gang.world} waited {self._timeout_s:g} s in "
-                f"{doing} for {late}: alive, but not come."
-            )
+            late = [stream.rank for stream in busy]
+            raise too_late(self._gang, doing, late, self._timeout_s)
 
     def _check_card(self, rank: int, card: bytearray) -> None:
         if card != self._card:

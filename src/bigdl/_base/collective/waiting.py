@@ -20,7 +20,7 @@ import threading
 import time
 from typing import TYPE_CHECKING, Protocol
 
-from bigdl._base.collective.links import lost
+from bigdl._base.collective.links import lost, too_late
 from bigdl._base.errors import TimeLimitError
 
 if TYPE_CHECKING:
@@ -178,11 +178,11 @@ class FlagMeeting:
 
     def _late(self, turn: int, doing: str) -> TimeLimitError:
         late = [
-            self._gang.name(self._group[peer])
+            self._group[peer]
             for peer, word in self._others
             if (self._words[word] - turn) & _MASK >= _HALF
         ]
-        return _too_late(self._gang, doing, late, self._timeout_s)
+        return too_late(self._gang, doing, late, self._timeout_s)
 
     def close(self) -> None:
         del self._anchor
@@ -235,8 +235,7 @@ class MessageMeeting:
                 self._gang.wait_for(link, select.POLLIN, deadline, doing)
                 heard = link.recv(1)
             except TimeLimitError:
-                late = [self._gang.name(rank)]
-                raise _too_late(self._gang, doing, late, self._timeout_s) from None
+                raise too_late(self._gang, doing, [rank], self._timeout_s) from None
             except OSError:
                 heard = b""
             if not heard:
@@ -244,13 +243,6 @@ class MessageMeeting:
 
     def close(self) -> None:
         self._links.clear()
-
-
-def _too_late(gang: Gang, doing: str, late: list[str], limit_s: float | None) -> TimeLimitError:
-    return TimeLimitError(
-        f"Worker {gang.rank} of {gang.world} waited {limit_s:g} s in {doing} for "
-        f"{', '.join(late)}: alive, but not come."
-    )
 
 
 class _Timespec(ctypes.Structure):
