@@ -220,7 +220,7 @@ def test_several_optimizers_of_a_gan(faster):
 def test_closures_of_lbfgs(faster):
     class Lbfgs(Base):
         def configure_optimizers(self):
-            return torch.optim.LBFGS(self.parameters(), lr=0.01, max_iter=3)
+            return torch.optim.LBFGS(self.parameters(), lr=1e-3, max_iter=3)
 
     class Still(Lbfgs):
         def __init__(self):
