@@ -74,6 +74,8 @@ AT_ONCE = {
     "no rows": (lambda: make().fit(table(0)), DataError, "no rows|0 rows"),
     "precision": (lambda: make().fit(table(), precision="fp8"), ConfigError, "precision='fp8'"),
     "sync": (lambda: make().fit(table(), sync="ring"), ConfigError, "sync='ring'"),
+    "acceleration": (lambda: fit(acceleration="fast"), ConfigError, "acceleration='fast'"),
+    "acceleration true": (lambda: fit(acceleration=True), ConfigError, "acceleration=True"),
     "clip": (lambda: make().fit(table(), clip_norm=-1.0), ConfigError, "clip_norm=-1"),
     "typo": (lambda: make().fit(table(), batchsize=3), TypeError, "batchsize"),
     "callback": (lambda: make().fit(table(), callbacks=[print]), ArgumentError, "callbacks"),

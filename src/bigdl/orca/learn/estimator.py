@@ -46,6 +46,8 @@ class BaseEstimator(Kept):
     def __init__(self, program: Program, workers: int | tuple[int, int] | None = None) -> None:
         super().__init__(program)
         self._workers = checked_workers(workers)
+        #: What made the last fit's steps faster, in the program's words; None = nothing was asked.
+        self._settled: str | None = None
         #: Workers that predict at the same time; None = as many as there are slots.
         self._at_once: int | None = None
 
@@ -74,6 +76,7 @@ class BaseEstimator(Kept):
         accumulation_steps: int = 1,
         precision: Literal["fp32", "bf16"] = "fp32",
         sync: Literal["allreduce", "sharded"] = "allreduce",
+        acceleration: Any = "off",
         max_failures: int = 0,
         hang_timeout_s: float | Literal["auto"] | None = "auto",
         fill: Any = None,
@@ -103,6 +106,9 @@ class BaseEstimator(Kept):
             accumulation_steps: Global batches in an update.
             precision: "bf16" is autocast over float32 weights.
             sync: Whether each worker has the whole optimizer's state, or its slice.
+            acceleration: "auto" measures in the first epoch what makes steps faster, within the
+                guard's limits, and keeps that; or a plan made elsewhere. ``plan`` says what was
+                found.
             max_failures: How many times a lost worker starts training again from the last
                 checkpoint; needs a ``ModelCheckpoint``.
             hang_timeout_s: Seconds without a step that mean a worker hangs.
@@ -132,6 +138,7 @@ class BaseEstimator(Kept):
             hung,
         )
         self._program.check_training()
+        faster = self._program.check_acceleration(acceleration)
         request = Request(
             call="fit",
             feature_cols=feature_cols,
@@ -155,6 +162,7 @@ class BaseEstimator(Kept):
                     precision=precision,
                     sync=sync,
                     max_steps=max_steps,
+                    acceleration=faster,
                 ),
                 epochs=epochs,
                 size=batch_size or DEFAULT_BATCH_SIZE,
@@ -172,6 +180,13 @@ class BaseEstimator(Kept):
                 rows=job.data.rows,
                 is_asked=any(isinstance(one, Progress) for one in hung),
             )
+            self._settled = None
+
+            def heard(rank: int, event: Any) -> None:
+                if event[0] == "settled":
+                    self._settled = event[1]
+                progress.heard(rank, event)
+
             with line as progress:
                 fitted = fit(
                     engine,
@@ -179,7 +194,7 @@ class BaseEstimator(Kept):
                     workers=lambda: self._number(engine),
                     max_failures=max_failures,
                     hang_timeout_s=hang_timeout_s,
-                    on_event=progress.heard,
+                    on_event=heard,
                 )
         self._take(fitted, hung)
         return fitted.rows

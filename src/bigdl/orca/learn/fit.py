@@ -18,12 +18,12 @@ from bigdl._base.errors import WorkerLostError
 from bigdl.orca.engines.base import GangSetup
 from bigdl.orca.engines.pickling import dumps
 from bigdl.orca.learn import checkpoint
-from bigdl.orca.learn.callbacks import Callback, ModelCheckpoint, TrainingState
+from bigdl.orca.learn.callbacks import Callback, EarlyStopping, ModelCheckpoint, TrainingState
 from bigdl.orca.learn.program import Cursor, Hooks, Options, ReplicaContext
 from bigdl.orca.learn.watch import CallbackStates, Watch
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping
+    from collections.abc import Callable, Iterable, Iterator, Mapping
 
     from bigdl.orca.data.contract import Batch, Reader, Sharded
     from bigdl.orca.engines.base import Engine
@@ -36,6 +36,8 @@ logger = logging.getLogger(__name__)
 
 #: A worker tells of its steps at most so often.
 _TELL_S = 0.2
+#: With early stopping, a run is not counted on to last longer than this.
+_EPOCHS_COUNTED_ON = 10
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,7 +126,7 @@ def fit(
             10 times the longest, at least 60; 600 for the first; None = never.
         on_event: Called here with (rank, event) as the workers tell: ("step", epoch, step, rows
             of the epoch, loss), ("epoch", record), ("checkpoint", path, ``Replica.part``, what
-            callbacks are).
+            callbacks are), ("settled", ``Options.acceleration``), ("pausing", whether).
 
     Raises:
         WorkerLostError: More workers were lost than ``max_failures``.
@@ -232,6 +234,7 @@ class _Hooks(Hooks):
         self._savers = [one for one in job.callbacks if isinstance(one, ModelCheckpoint)]
         self._seen = TrainingState(world=ctx.world, step=job.start.step, is_stopped=job.is_stopped)
         self._told = 0.0
+        self._rows_a_step = 0
         self._validated: dict[str, float] = {}
         self._had = job.had
         self.cursor = job.start
@@ -264,7 +267,31 @@ class _Hooks(Hooks):
     def should_stop(self) -> bool:
         return self._seen.is_stopped
 
+    def batches_left(self) -> int | None:
+        job, cursor, rows = self._job, self.cursor, self._job.data.rows
+        bounds = []
+        if job.options.max_steps is not None:
+            bounds.append(job.options.max_steps - (cursor.step - job.start.step))
+        if rows is not None and self._rows_a_step:
+            epochs = job.epochs - (cursor.epoch - job.start.epoch)
+            if any(isinstance(one, EarlyStopping) for one in job.callbacks):
+                epochs = min(epochs, _EPOCHS_COUNTED_ON)
+            bounds.append(-(-(epochs * rows - cursor.row) // self._rows_a_step))
+        return job.options.accumulation_steps * max(0, min(bounds)) if bounds else None
+
     # --- what the loop tells ---
+
+    @contextlib.contextmanager
+    def pausing(self) -> Iterator[None]:
+        self._ctx.emit(("pausing", True))
+        try:
+            yield
+        finally:
+            self._ctx.emit(("pausing", False))
+
+    def on_settled(self, acceleration: str) -> None:
+        if self._is_first:
+            self._ctx.emit(("settled", acceleration))
 
     def on_epoch_start(self, replica: Replica, cursor: Cursor) -> None:
         self._validated = {}
@@ -273,6 +300,7 @@ class _Hooks(Hooks):
 
     def on_step_end(self, replica: Replica, step: StepEnd) -> None:
         self.cursor = step.cursor
+        self._rows_a_step = step.rows
         self._seen.step = step.cursor.step
         self._call("on_step_end")
         every = self._job.validate_every_steps

@@ -7,6 +7,7 @@ needs from outside, batches first of all, and what it tells, goes through ``Hook
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias, get_args, runtime_checkable
 
@@ -70,6 +71,8 @@ class Options:
         max_steps: Updates after which ``train`` returns; None = as the epochs have; 0 = only what
             follows the last one, such as the record of its epoch.
         accelerator: Of Nano's, through which the model predicts; None = the framework itself.
+        acceleration: What makes training steps faster, in the program's own words: "off",
+            "auto" (measured in the run), or what an earlier run has settled on.
 
     Raises:
         ConfigError: A value is not allowed; the text names all that are not.
@@ -83,6 +86,7 @@ class Options:
     compress: Compress = None
     max_steps: int | None = None
     accelerator: str | None = None
+    acceleration: str = "off"
 
     def __post_init__(self) -> None:
         wrong = []
@@ -174,6 +178,17 @@ class Hooks:
     def on_epoch_end(self, replica: Replica, cursor: Cursor, row: dict[str, Any]) -> None:
         """An epoch is over, scheduler included; ``row`` is its record and may be added to."""
 
+    def batches_left(self) -> int | None:
+        """Global batches still to come that can be counted on; None where that is not known."""
+        return None
+
+    def pausing(self) -> contextlib.AbstractContextManager[None]:
+        """Entered where a worker does something long between updates, as the others wait."""
+        return contextlib.nullcontext()
+
+    def on_settled(self, acceleration: str) -> None:
+        """What makes steps faster from here on, as ``Options.acceleration`` takes it."""
+
     def should_stop(self) -> bool:
         """Whether this worker asks for the end; all workers end before the same update."""
         return False
@@ -250,6 +265,13 @@ class Program(Protocol):
         Raises:
             NotReadyError: There is no optimizer or no loss.
             ConfigError: It trains in a way that workers cannot do together.
+        """
+
+    def check_acceleration(self, asked: Any) -> str:
+        """What a user says makes steps faster, for ``Options.acceleration``.
+
+        Raises:
+            ConfigError: There is no such thing, or it cannot be had for this model.
         """
 
     def check_accelerator(self) -> None:

@@ -61,6 +61,8 @@ class Watch:
         self._rows: list[dict[str, Any]] = []
         self._last: dict[int, float] = {}
         self._longest = 0.0
+        self._is_pausing = False
+        self._acceleration: str | None = None
         #: Records of the epochs that are not trained again.
         self.earlier: list[dict[str, Any]] = []
 
@@ -79,6 +81,10 @@ class Watch:
             self._rows.append(event[1])
         elif event[0] == "checkpoint":
             _, self._path, self._had, self._callbacks = event
+        elif event[0] == "pausing":
+            self._is_pausing = event[1]
+        elif event[0] == "settled":
+            self._acceleration = event[1]
         if self._on_event is not None:
             self._on_event(rank, event)
 
@@ -86,14 +92,19 @@ class Watch:
         """How long a worker may tell nothing."""
         if isinstance(self._limit, (int, float)):
             return float(self._limit)
-        return max(_LEAST_S, _TIMES * self._longest) if self._last else _FIRST_S
+        if self._is_pausing or not self._last:
+            return _FIRST_S
+        return max(_LEAST_S, _TIMES * self._longest)
 
     def again(self, job: Job) -> Job:
         """The rest of the job, from the last checkpoint of this call or from its start."""
         rows, self._rows = self._rows, []
         self._last.clear()
+        self._is_pausing = False
+        if self._acceleration is not None:  # what was measured is not measured again
+            job = replace(job, options=replace(job.options, acceleration=self._acceleration))
         if self._path is None:
-            return replace(self._job, run=job.run)
+            return replace(self._job, run=job.run, options=job.options)
         saved = checkpoint.read(self._path, job.program.codec)
         done = saved.cursor.epoch - self._job.start.epoch
         self.earlier = [

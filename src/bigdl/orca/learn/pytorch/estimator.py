@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
     import torch
 
+    from bigdl.nano.pytorch.plan.plan import Plan
+
 __all__ = ["Estimator"]
 
 _SCHEMA_VERSION = 1
@@ -76,6 +78,15 @@ class Estimator(BaseEstimator):
             config=known_config(config),
         )
         return Estimator(program, workers)
+
+    @property
+    def plan(self) -> Plan | None:
+        """What ``fit(acceleration=…)`` found; None before, and where nothing was asked."""
+        if self._settled is None:
+            return None
+        from bigdl.nano.pytorch.plan.plan import Plan
+
+        return Plan.from_json(self._settled)
 
     def get_model(self) -> torch.nn.Module:
         """The trained model: the caller's own instance, or a new one of the function's."""

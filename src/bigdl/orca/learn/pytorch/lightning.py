@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
     from bigdl._base.collective import Collective
     from bigdl._base.trees import Tree
+    from bigdl.nano.pytorch.plan.plan import InForce
     from bigdl.orca.data.contract import Batch
     from bigdl.orca.learn.program import Cursor
     from bigdl.orca.learn.pytorch.metrics import Share
@@ -148,6 +149,7 @@ class LightningWork:
         #: (what the step returned, batch, number) of the update's batches, for hooks.
         self._done: list[tuple[Any, Any, int]] = []
         self._stages: set[str] = set()
+        self.force: InForce | None = None
 
     # --- what a Trainer would have done before ---
 
@@ -206,11 +208,19 @@ class LightningWork:
                     "on_train_batch_start returned -1, to leave out the rest of the epoch, which "
                     "workers have to do together: call stop() in a callback of fit()."
                 )
-            with calling.precision(self._precision):
-                output = self._step("training_step", data, number)
+            output = self._training_step(data, number)
             self._done.append((output, data, number))
             self._rows += batch.rows
             return _term(output, batch.rows)
+
+    def _training_step(self, data: Any, number: int) -> Any:
+        force = self.force
+        if force is None:
+            with calling.precision(self._precision):
+                return self._step("training_step", data, number)
+        with force.step(), calling.precision(self._precision):
+            output = self._step("training_step", force.batch(data), number)
+        return force.output(output)
 
     def backward(self, loss: torch.Tensor) -> None:
         with self._attached(), self._trainer.logging("fit", self._book):

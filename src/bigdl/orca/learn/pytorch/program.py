@@ -119,6 +119,14 @@ class TorchProgram:
                 f"{' and '.join(f'{name}=' for name in lacking)} where the model is given."
             )
 
+    def check_acceleration(self, asked: Any) -> str:
+        """As ``Program.check_acceleration``: "off", "auto" or a plan."""
+        if isinstance(asked, str) and asked == "off":
+            return asked
+        from bigdl.orca.learn.pytorch.acceleration import check_acceleration
+
+        return check_acceleration(asked, is_lightning=is_lightning(self.model))
+
     def check_accelerator(self) -> None:
         """Refuse a model that no accelerator can stand for."""
         check_accelerator(self.model)

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from bigdl._base.trees import Tree
     from bigdl.orca.data.contract import Batch
     from bigdl.orca.learn.pytorch.accelerated import Accelerated
+    from bigdl.orca.learn.pytorch.acceleration import Acceleration
     from bigdl.orca.learn.pytorch.metrics import Tally
     from bigdl.orca.learn.pytorch.schedules import Schedule
     from bigdl.orca.learn.pytorch.work import Work
@@ -66,6 +67,7 @@ class TorchReplica:
         self._gradients: Gradients | None = None
         self._run: _Run | None = None
         self._accelerated: Accelerated | None = None
+        self._acceleration: Acceleration | None = None
 
     @property
     def gradient_bytes(self) -> int:
@@ -91,8 +93,8 @@ class TorchReplica:
         if not self.model.training:
             self.model.train()
         try:
-            with self._streams.drawn():
-                self._run = _Run(self, self._gradients, hooks, start)
+            with self._streams.drawn(), self._accelerating(hooks) as faster:
+                self._run = _Run(self, self._gradients, hooks, start, faster)
                 rows = self._run.epochs(epochs)
             for buffer in self.model.buffers():
                 broadcast(self._ctx.collective, buffer.detach())
@@ -103,6 +105,25 @@ class TorchReplica:
                 module.training = mode
             self._gradients.close()
             self._gradients = self._run = None
+
+    @contextlib.contextmanager
+    def _accelerating(self, hooks: Hooks) -> Iterator[Acceleration | None]:
+        """What makes the block's steps faster; None if nothing is asked."""
+        if self._ctx.options.acceleration == "off":
+            yield None
+            return
+        from bigdl.orca.learn.pytorch.acceleration import Acceleration
+
+        assert self.optimizer is not None
+        faster = Acceleration(self._ctx, self.model, self.optimizer, self.work, hooks)
+        self._acceleration = faster
+        try:
+            faster.begin()
+            yield faster
+            faster.end()
+        finally:
+            faster.undo()
+            self._acceleration = None
 
     def step_scheduler(self, interval: str, number: int, row: dict[str, Any]) -> None:
         """The ``number``-th epoch or step is over: step the scheduler if it is due."""
@@ -151,7 +172,11 @@ class TorchReplica:
     def state(self) -> State:
         """All that a checkpoint needs; see ``Replica.state``. All workers call it."""
         with self._rank_0_buffers():
-            return storing.state_of(self, self._gradients, self._streams, self._ctx.collective)
+            state = storing.state_of(self, self._gradients, self._streams, self._ctx.collective)
+        if self._acceleration is not None and self._acceleration.force is not None:
+            users = {"state_dict": state["model"], "optimizer_states": [state["optimizer"]]}
+            self._acceleration.force.as_users(users)
+        return state
 
     def part(self) -> Any:
         """What the present epoch's record is made of; see ``Replica.part``."""
@@ -166,9 +191,15 @@ class _Run:
     """One call of ``train``: where it is, and what it has still to do."""
 
     def __init__(
-        self, replica: TorchReplica, gradients: Gradients, hooks: Hooks, start: Cursor
+        self,
+        replica: TorchReplica,
+        gradients: Gradients,
+        hooks: Hooks,
+        start: Cursor,
+        faster: Acceleration | None,
     ) -> None:
         self._replica = replica
+        self._faster = faster
         self._gradients = gradients
         self._hooks = hooks
         self._cursor = start
@@ -205,6 +236,8 @@ class _Run:
         self._record = _Record(tally, first, had.get("steps", 0), had.get("seconds", 0.0))
         work.at(first)
         work.moment("on_train_epoch_start")
+        if self._faster is not None:
+            self._faster.epoch_started()
         hooks.on_epoch_start(replica, first)
         batches = iter(hooks.batches(first))
         is_stopped = self._steps(batches, tally)
@@ -254,6 +287,8 @@ class _Run:
             self._hooks.on_step_end(
                 self._replica, StepEnd(cursor=self._cursor, loss=loss, rows=outcome.rows)
             )
+            if self._faster is not None:
+                self._faster.stepped()
         return False
 
     def _step(self, window: Iterable[Batch], tally: Tally) -> Outcome:
@@ -261,19 +296,15 @@ class _Run:
         stop = self._hooks.should_stop()
         if self._work.leaves_traces and self._ctx.world > 1:
             stop = not self._all_agree(not stop)
-        done = _Done()
-        for batch in window:
-            if batch.rows and not stop:
-                self._backward(batch, done)
-            done.rows += batch.rows
-            done.batches += 1
-        outcome = self._gradients.reduce(
-            rows=done.rows,
-            weight=done.weight,
-            loss=done.loss,
-            unit=1.0 if done.unit is None else done.unit,
-            stop=stop,
-        )
+        faster = self._faster
+        if faster is not None:
+            window = list(window)
+            faster.meets(window)
+        done, outcome = self._summed(window, stop)
+        if faster is not None and faster.is_tripped(outcome.loss):
+            faster.give_up(self._cursor.step + 1)
+            self._gradients.clear()
+            done, outcome = self._summed(window, stop)
         if outcome.rows and not outcome.is_stopped:
             optimizer = self._replica.optimizer
             assert optimizer is not None
@@ -282,7 +313,29 @@ class _Run:
             self._replica.batches += done.batches
             tally.add(loss=done.loss, weight=done.weight, rows=done.rows)
         self._gradients.clear()
+        if faster is not None:
+            faster.updated(done.batches)
         return outcome
+
+    def _summed(self, window: Iterable[Batch], stop: bool) -> tuple[_Done, Outcome]:
+        """The gradients of some batches, those of all workers in each ``grad``."""
+        done = _Done()
+        for batch in window:
+            if batch.rows and not stop:
+                self._backward(batch, done)
+            done.rows += batch.rows
+            done.batches += 1
+        loss = done.loss
+        if self._faster is not None and not self._faster.is_finite():
+            loss = float("nan")  # so that all workers hear of it
+        outcome = self._gradients.reduce(
+            rows=done.rows,
+            weight=done.weight,
+            loss=loss,
+            unit=1.0 if done.unit is None else done.unit,
+            stop=stop,
+        )
+        return done, outcome
 
     def _backward(self, batch: Batch, done: _Done) -> None:
         """Add one batch's gradients to those of the batches before it."""

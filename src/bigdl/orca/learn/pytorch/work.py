@@ -6,6 +6,7 @@ and all that workers do together is the replica's.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -15,10 +16,11 @@ from bigdl.orca.learn.pytorch import calling
 from bigdl.orca.learn.pytorch.metrics import Tally
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Callable, Iterable, Sequence
 
     from bigdl._base.collective import Collective
     from bigdl._base.trees import Tree
+    from bigdl.nano.pytorch.plan.plan import InForce
     from bigdl.orca.data.contract import Batch
     from bigdl.orca.learn.program import Cursor
     from bigdl.orca.learn.pytorch.losses import Term, WeightedLoss
@@ -35,7 +37,10 @@ class Work(Protocol):
         averages: Whether losses are means, else sums.
         leaves_traces: Whether the user's code runs beside ``forward``, so that no loss may be
             computed in vain.
+        force: What makes training steps faster; None = nothing does.
     """
+
+    force: InForce | None
 
     @property
     def has_loss(self) -> bool: ...
@@ -102,6 +107,7 @@ class PlainWork:
         self._precision = precision
         #: (output, labels, rows) of the update's batches, for metrics.
         self._outputs: list[tuple[Any, Any, int]] = []
+        self.force: InForce | None = None
 
     @property
     def has_loss(self) -> bool:
@@ -122,14 +128,32 @@ class PlainWork:
         """Nobody here listens."""
 
     def loss_of(self, batch: Batch, number: int) -> Term:
-        assert self._loss is not None
         features, labels = calling.split(calling.to_tensors(batch.data))
-        with calling.precision(self._precision):
-            output = self._call(features)
-            term = self._loss(output, labels, batch.rows)
+        output, term = self.term_of(self._call, features, labels, batch.rows, force=self.force)
         if self._metrics:
             self._outputs.append((_detached(output), labels, batch.rows))
         return term
+
+    def term_of(
+        self,
+        call: Callable[[Any], Any],
+        features: Any,
+        labels: Any,
+        rows: int,
+        *,
+        force: InForce | None,
+    ) -> tuple[Any, Term]:
+        """Output and loss of a module that ``call`` calls, with ``force`` in force."""
+        assert self._loss is not None
+        if force is None:
+            with calling.precision(self._precision):
+                output = call(features)
+                return output, self._loss(output, labels, rows)
+        with force.step(), calling.precision(self._precision):
+            features, labels = force.batch((features, labels))
+            output = call(features)
+            term = self._loss(output, labels, rows)
+        return output, replace(term, value=force.output(term.value))
 
     def backward(self, loss: torch.Tensor) -> None:
         loss.backward()  # type: ignore[no-untyped-call]
