@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from bigdl.errors import ArgumentError, ConfigError
+from bigdl.errors import ArgumentError, ConfigError, WorkerLostError
 from bigdl.orca import init_orca_context, stop_orca_context
 from bigdl.orca.learn.callbacks import (
     Callback,
@@ -164,6 +164,46 @@ def test_one_object_is_one_run(store):
         history = client.get_metric_history(flow.run_id, key)
         found = sorted((point.step, point.value) for point in history)
         assert found == [(row["epoch"], row[key]) for row in rows], key
+
+
+class Fails(Callback):
+    def __init__(self, how):
+        self.how = how
+        self.heard = []
+
+    def on_step_end(self, state):
+        if state.step == 1:
+            if self.how == "exit":
+                os.kill(os.getpid(), signal.SIGKILL)
+            raise ValueError("no more")
+
+    def on_exception(self, error):
+        self.heard.append((os.getpid(), type(error).__name__))
+        raise RuntimeError("is logged only")
+
+
+@pytest.mark.parametrize(("how", "error"), [("raise", ValueError), ("exit", WorkerLostError)])
+def test_a_run_that_fails_is_marked_so(store, how, error, caplog):
+    uri, client = store
+    flow, fails = MLflow(uri), Fails(how)
+    with pytest.raises(error):
+        make(2).fit(DATA, callbacks=[fails, flow])
+    assert fails.heard == [(os.getpid(), error.__name__)]
+    assert "Fails.on_exception failed" in caplog.text
+    (run,) = client.search_runs([client.get_experiment_by_name("Default").experiment_id])
+    assert run.info.status == "FAILED"
+    make(2).fit(DATA, callbacks=[flow])  # the same object is the same run
+    (run,) = client.search_runs([client.get_experiment_by_name("Default").experiment_id])
+    assert run.info.status == "FINISHED"
+
+
+def test_a_run_that_is_broken_off_is_marked_so(store):
+    uri, client = store
+    flow = MLflow(uri)
+    flow.on_exception(KeyboardInterrupt())  # nothing was begun
+    flow.on_fit_start(TrainingState())
+    flow.on_exception(KeyboardInterrupt())
+    assert client.get_run(flow.run_id).info.status == "KILLED"
 
 
 # --- Progress -----------------------------------------------------------------------------------

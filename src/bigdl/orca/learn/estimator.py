@@ -6,6 +6,7 @@ A face (``bigdl.orca.learn.pytorch``, …) makes the program and puts its words 
 from __future__ import annotations
 
 import contextlib
+import logging
 from copy import copy
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal, Self
@@ -24,7 +25,7 @@ from bigdl.orca.learn.program import Options
 from bigdl.orca.learn.progress import ProgressLine
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     from bigdl.orca.data.contract import Sharded
     from bigdl.orca.engines.base import Engine
@@ -32,6 +33,8 @@ if TYPE_CHECKING:
     from bigdl.orca.learn.program import Program
 
 __all__ = ["BaseEstimator"]
+
+logger = logging.getLogger(__name__)
 
 
 class BaseEstimator(Kept):
@@ -187,7 +190,7 @@ class BaseEstimator(Kept):
                     self._settled = event[1]
                 progress.heard(rank, event)
 
-            with line as progress:
+            with line as progress, _told_of_failure(hung):
                 fitted = fit(
                     engine,
                     job,
@@ -388,3 +391,17 @@ class BaseEstimator(Kept):
             return self._workers
         least, most = self._workers
         return max(least, min(most, engine.slots()))
+
+
+@contextlib.contextmanager
+def _told_of_failure(callbacks: Sequence[Callback]) -> Iterator[None]:
+    """Callbacks hear of an error that ends the block."""
+    try:
+        yield
+    except BaseException as exc:
+        for one in callbacks:
+            try:
+                one.on_exception(exc)
+            except Exception:
+                logger.warning("%s.on_exception failed.", type(one).__name__, exc_info=True)
+        raise

@@ -57,3 +57,8 @@ class Callback:
 
     def on_fit_end(self, state: TrainingState) -> None:
         """After the last step of this call."""
+
+    def on_exception(self, error: BaseException) -> None:
+        """``fit`` ends with an error, for good: in the caller's process, whatever became of the
+        workers. What this raises is logged, and ``error`` still reaches the caller.
+        """

@@ -66,9 +66,8 @@ class MLflow(Callback):
         client = self._client()
         found = client.get_experiment_by_name(self.experiment)
         place = client.create_experiment(self.experiment) if found is None else found.experiment_id
-        runs = client.search_runs([place], f"tags.`{_TAG}` = '{self._mark}'", max_results=1)
-        if runs:
-            self.run_id = runs[0].info.run_id
+        self.run_id = self._found(client, place)
+        if self.run_id is not None:
             client.update_run(self.run_id, status="RUNNING")
             return
         run = client.create_run(place, run_name=self.run_name, tags={_TAG: self._mark})
@@ -85,6 +84,20 @@ class MLflow(Callback):
     def on_fit_end(self, state: TrainingState) -> None:
         """Mark the run as finished."""
         self._client().set_terminated(self.run_id)
+
+    def on_exception(self, error: BaseException) -> None:
+        """Mark the run as failed, or as killed where the user broke it off."""
+        client = self._client()
+        experiment = client.get_experiment_by_name(self.experiment)
+        run_id = None if experiment is None else self._found(client, experiment.experiment_id)
+        if run_id is not None:
+            broken_off = isinstance(error, KeyboardInterrupt)
+            client.set_terminated(run_id, "KILLED" if broken_off else "FAILED")
+
+    def _found(self, client: Any, place: str) -> str | None:
+        """This object's run: a worker may have begun it and not come back."""
+        runs = client.search_runs([place], f"tags.`{_TAG}` = '{self._mark}'", max_results=1)
+        return runs[0].info.run_id if runs else None
 
     def _client(self) -> Any:
         return _need("mlflow.tracking").MlflowClient(tracking_uri=self.tracking_uri)
