@@ -90,12 +90,24 @@ class WorkerError(BigDLError, RuntimeError):
     Args:
         message: The whole text, naming the worker ("worker 1 of 4").
         rank: The worker's rank, or None where ranks have no meaning.
+        host: Name of the host it was on, or None where it never came to run.
+        shard: Number of the shard that it worked on, from 0, or None where there is none.
         traceback: The worker's own traceback as text, "" if there is none.
     """
 
-    def __init__(self, message: str, *, rank: int | None = None, traceback: str = "") -> None:
+    def __init__(
+        self,
+        message: str,
+        *,
+        rank: int | None = None,
+        host: str | None = None,
+        shard: int | None = None,
+        traceback: str = "",
+    ) -> None:
         super().__init__(message)
         self.rank = rank
+        self.host = host
+        self.shard = shard
         self.traceback = traceback
 
     def __reduce__(self) -> tuple[object, ...]:

@@ -114,19 +114,21 @@ class Failure:
             time), "stopped" (by the one who holds the rendezvous).
         rank: The worker it began with, if it was one.
         text: The whole story.
+        host: Of that worker, by name.
     """
 
     kind: str
     rank: int | None
     text: str
+    host: str | None = None
 
     def error(self) -> Exception:
         """A new exception that says it."""
         if self.kind == "late":
             return TimeLimitError(self.text)
         if self.kind == "lost":
-            return WorkerLostError(self.text, rank=self.rank)
-        return WorkerError(self.text, rank=self.rank)
+            return WorkerLostError(self.text, rank=self.rank, host=self.host)
+        return WorkerError(self.text, rank=self.rank, host=self.host)
 
 
 class Gang:

@@ -307,6 +307,7 @@ class Server:
                 rank=caller.asked,
                 text=f"{who} of {self._world} ({caller.member}) is gone: its connection to the "
                 "rendezvous broke off without a word.",
+                host=caller.member.node,
             )
         )
 
@@ -398,7 +399,8 @@ class Server:
             failure = Failure(**json.loads(payload))
             if failure.kind == "raised":
                 text = f"Worker {caller.asked} of {self._world} ({caller.member}) failed: "
-                failure = replace(failure, rank=caller.asked, text=text + failure.text)
+                host = _member(caller).node
+                failure = replace(failure, rank=caller.asked, text=text + failure.text, host=host)
             self._fail(failure)
         elif kind == CALL_ROLL:
             if self._roll is None:

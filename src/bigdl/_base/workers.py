@@ -20,6 +20,7 @@ import io
 import json
 import os
 import pickle
+import platform
 import select
 import shutil
 import signal
@@ -387,6 +388,7 @@ class Worker:
             raise WorkerLostError(
                 f"A worker process {_ending(self._status or 0)} before it gave an answer."
                 + _last_words(output),
+                host=platform.node(),
                 traceback=output,
             )
         kind, content = self._answer
@@ -409,14 +411,17 @@ def rebuilt(
         The exception as its own type, or a ``WorkerError`` with its words; its cause is set.
     """
     name, text, trace, blob = description
-    cause = WorkerError(f"Raised in {where}:\n{trace}", rank=rank, traceback=trace)
+
+    def told(text: str) -> WorkerError:
+        return WorkerError(text, rank=rank, host=platform.node(), traceback=trace)
+
     try:
         error = None if blob is None else pickle.loads(blob)
     except Exception:  # noqa: BLE001  (any code may run in there; the text is what matters)
         error = None
     if not isinstance(error, BaseException):
-        error = WorkerError(f"{name}: {text}", rank=rank, traceback=trace)
-    error.__cause__ = cause
+        error = told(f"{name}: {text}")
+    error.__cause__ = told(f"Raised in {where}:\n{trace}")
     return error
 
 

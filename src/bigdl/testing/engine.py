@@ -312,7 +312,8 @@ class EngineContract:
         assert time.monotonic() - started < 15
         cause = caught.value.__cause__
         assert isinstance(cause, WorkerError)
-        assert cause.rank == culprit
+        assert (cause.rank, cause.shard) == (culprit, None)
+        assert cause.host
         assert f"worker {culprit} of 3" in str(cause)
         assert "in fail" in cause.traceback
 
@@ -501,7 +502,11 @@ class EngineContract:
         for some in (refs, again):
             with pytest.raises(ZeroDivisionError) as caught:
                 engine.gather(some)
-            assert "shard 3 of 4" in str(caught.value.__cause__)
+            cause = caught.value.__cause__
+            assert isinstance(cause, WorkerError)
+            assert "shard 3 of 4" in str(cause)
+            assert (cause.rank, cause.shard) == (None, 2)
+            assert cause.host
         assert engine.gather([again[0], again[3]]) == ["12", "3"]
 
     def test_a_killed_shard_says_which(self, engine: Engine) -> None:

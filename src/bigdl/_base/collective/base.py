@@ -249,7 +249,8 @@ class Collective(ABC):
         if self._gang is not None and isinstance(exc, (WorkerLostError, TimeLimitError)):
             self._ended = str(exc)
             kind = "late" if isinstance(exc, TimeLimitError) else "lost"
-            self._gang.report(Failure(kind=kind, rank=getattr(exc, "rank", None), text=str(exc)))
+            rank, host = getattr(exc, "rank", None), getattr(exc, "host", None)
+            self._gang.report(Failure(kind=kind, rank=rank, text=str(exc), host=host))
         else:
             name = "" if isinstance(exc, BigDLError) else f"{type(exc).__name__}: "
             self.abort(f"{self._doing}: {name}{exc}")

@@ -170,6 +170,7 @@ def lost(gang: Gang, rank: int) -> NoReturn:
     raise WorkerLostError(
         f"W{gang.name(rank)[1:]} has left while worker {gang.rank} still needed it.",
         rank=rank,
+        host=gang.members[rank].node,
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 import selectors
 import socket
 from collections import deque
@@ -137,6 +138,7 @@ class Seat:
             exc.__cause__ = WorkerError(
                 f"Raised in {self.where}, before its first input:\n{trace}",
                 rank=self.rank,
+                host=platform.node(),
                 traceback=trace,
             )
             return exc
@@ -145,6 +147,7 @@ class Seat:
         return WorkerLostError(
             f"{name[:1].upper()}{name[1:]} is lost: {text}{work} {advice}",
             rank=self.rank,
+            host=platform.node(),
             traceback=trace,
         )
 

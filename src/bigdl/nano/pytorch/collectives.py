@@ -268,6 +268,7 @@ class TorchCollective(Collective):
                     f"W{self._gang.name(rank)[1:]} has left while worker {self.rank} still "
                     "needed it.",
                     rank=rank,
+                    host=self._gang.members[rank].node,
                 ) from exc
         raise exc
 

@@ -143,4 +143,5 @@ class Follower:
                     f"{job.where[:1].upper()}{job.where[1:]} is taken for hung: nothing came "
                     f"from it for {limit_s:g} s. The gang was ended.",
                     rank=rank,
+                    host=job.host,
                 )

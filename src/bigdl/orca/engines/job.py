@@ -40,6 +40,7 @@ class Job:
         cores: Slots that it takes.
         where: What it is in words: "worker 1 of 3", "shard 2 of 4", "a task".
         rank: A gang member's.
+        shard: Number of the shard that it works on.
         paths: Where its value, or the parts of it, are to be kept; () = it travels.
         refs: Kept values that it reads; it starts when they are there.
         mail: Where its news go.
@@ -53,6 +54,7 @@ class Job:
         cores: int = 1,
         where: str = "a task",
         rank: int | None = None,
+        shard: int | None = None,
         paths: Sequence[str] = (),
         refs: Sequence[KeptRef] = (),
         mail: queue.SimpleQueue[Mail] | None = None,
@@ -62,6 +64,9 @@ class Job:
         self.cores = cores
         self.where = where
         self.rank = rank
+        self.shard = shard
+        #: Name of the host that it has come to.
+        self.host: str | None = None
         self.paths = paths
         self.refs = refs  # their files live as long as it may read them
         self.mail: queue.SimpleQueue[Mail] = queue.SimpleQueue() if mail is None else mail
@@ -85,7 +90,10 @@ class Job:
     def cancelled(self) -> WorkerError:
         """What it ends with when it is cancelled."""
         return WorkerError(
-            f"{self.where[:1].upper()}{self.where[1:]} was cancelled.", rank=self.rank
+            f"{self.where[:1].upper()}{self.where[1:]} was cancelled.",
+            rank=self.rank,
+            host=self.host,
+            shard=self.shard,
         )
 
     def end(self, outcome: bytes | Failed | Lost | BigDLError) -> None:

@@ -51,24 +51,33 @@ def failed(exc: BaseException) -> Failed:
     return Failed(kind=kind, text=text, traceback=trace, blob=blob)
 
 
-def opened(end: Failed | Lost, where: str, rank: int | None = None) -> Exception:
+def opened(
+    end: Failed | Lost,
+    where: str,
+    *,
+    rank: int | None = None,
+    host: str | None = None,
+    shard: int | None = None,
+) -> Exception:
     """The exception to raise in the caller; a new one each time, with its cause set.
 
     Args:
         end: How it ended.
         where: "worker 1 of 4 (process 77 on node)", "shard 2 of 4".
         rank: The worker's, where it has one.
+        host: The worker's, where it was there.
+        shard: The shard's number, where it worked on one.
     """
     if isinstance(end, Lost):
         last = f" The last that it wrote:\n{end.output}" if end.output else ""
         text = f"{where[:1].upper()}{where[1:]} is lost: {end.text}{last}"
-        return WorkerLostError(text, rank=rank, traceback=end.output)
-    cause = WorkerError(f"Raised in {where}:\n{end.traceback}", rank=rank, traceback=end.traceback)
-    error = _rebuilt(end)
-    if error is None:
-        text = f"{end.kind}: {end.text} (in {where})"
-        error = WorkerError(text, rank=rank, traceback=end.traceback)
-    error.__cause__ = cause
+        return WorkerLostError(text, rank=rank, host=host, shard=shard, traceback=end.output)
+
+    def told(text: str) -> WorkerError:
+        return WorkerError(text, rank=rank, host=host, shard=shard, traceback=end.traceback)
+
+    error = _rebuilt(end) or told(f"{end.kind}: {end.text} (in {where})")
+    error.__cause__ = told(f"Raised in {where}:\n{end.traceback}")
     return error
 
 

@@ -220,6 +220,7 @@ class QueuedEngine:
                 maker(function, source=ref.path, keep=paths, is_split=parts is not None),
                 self._kind(1),
                 where=f"shard {index + 1} of {len(refs)}",
+                shard=index,
                 paths=paths,
                 refs=[ref, *read],
             )

@@ -10,6 +10,7 @@ import contextlib
 import logging
 import os
 import pickle
+import platform
 import selectors
 import shutil
 import socket
@@ -305,6 +306,7 @@ class Service:
         process.is_ordered = True
         at = f" on {process.node}" if process.node else ""
         job.where = f"{job.where} (process {process.pid}{at})"
+        job.host = process.node or platform.node()
         cpus = process.place.cpus if process.place is not None else None
         self._say(process, ORDER, pickle.dumps(job.make(cpus, self._folder)))
 

@@ -94,7 +94,7 @@ def value_of(job: Job) -> bytes:
         raise type(end)(*end.args)
     if end is None:
         raise RuntimeError(f"{job.where} has not ended yet.")
-    raise opened(end, job.where, job.rank)
+    raise opened(end, job.where, rank=job.rank, host=job.host, shard=job.shard)
 
 
 def event_of(message: bytes) -> Any:
