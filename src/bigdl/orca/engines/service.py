@@ -248,7 +248,7 @@ class Service:
             failed = next((need for need in needs if not isinstance(need.outcome, bytes)), None)
             if failed is not None and failed.outcome is not None:
                 for job in batch:
-                    job.where = failed.where
+                    job.where, job.host, job.shard = failed.where, failed.host, failed.shard
                     self._finish(job, failed.outcome)
             elif (places := self._claim(batch)) is None:
                 waiting.append(batch)
