@@ -78,11 +78,17 @@ class Told(learning.FromArrays):
         self.settled.append(Plan.from_json(acceleration))
 
 
+def total(prediction, target):
+    return prediction.float().sum(1).mean()
+
+
 def train(collective, acceleration, *, model=None, epochs=3, **options):
     """Weights, plans that were told of, the state, the record's rows."""
     model = model or network()
     optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
-    program = TorchProgram(model=model, optimizer=optimizer, loss=torch.nn.CrossEntropyLoss())
+    program = TorchProgram(
+        model=model, optimizer=optimizer, loss=torch.nn.CrossEntropyLoss(), metrics={"sum": total}
+    )
     asked = program.check_acceleration(acceleration)
     ctx = ReplicaContext(collective=collective, options=Options(acceleration=asked, **options))
     replica = program.build(ctx)
@@ -92,6 +98,7 @@ def train(collective, acceleration, *, model=None, epochs=3, **options):
     assert replica.work.force is None
     state = replica.state()
     weights = {name: value.numpy() for name, value in state["model"].items()}
+    assert all(np.isfinite([row["sum"] for row in record]))  # of no output that was given up
     return weights, hooks.settled, state["optimizer"], [row["rows"] for row in record]
 
 

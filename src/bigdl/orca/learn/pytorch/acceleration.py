@@ -161,7 +161,7 @@ class Acceleration:
 
     def is_finite(self) -> bool:
         """Whether this worker's gradients are; looked at under a choice that changes numbers."""
-        if self.force is None or not self.force.changes_numbers:
+        if self.force is None or self._work.leaves_traces or not self.force.changes_numbers:
             return True
         made = [one.grad for one in self._model.parameters() if one.grad is not None]
         flat = [one.coalesce().values() if one.is_sparse else one for one in made]
@@ -169,8 +169,9 @@ class Acceleration:
 
     def is_tripped(self, loss: float) -> bool:
         """Whether an update's loss, that of all workers, says that one of them stumbled."""
-        is_watched = self.force is not None and self.force.changes_numbers
-        return is_watched and not math.isfinite(loss)
+        if self.force is None or self._work.leaves_traces:  # a step with traces runs once
+            return False
+        return self.force.changes_numbers and not math.isfinite(loss)
 
     def give_up(self, step: int) -> None:
         """Loss or gradient were not finite: the user's own steps from here on, on all workers."""

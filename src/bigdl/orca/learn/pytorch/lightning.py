@@ -228,6 +228,9 @@ class LightningWork:
             self._hook("backward", loss)
             self._hook("on_after_backward")
 
+    def forget(self) -> None:
+        """Never asked: what steps have logged cannot be taken back, see ``leaves_traces``."""
+
     def stepped(self, tally: Tally) -> None:
         with self._attached(), self._trainer.logging("fit", self._book):
             for output, data, number in self._done:

@@ -304,6 +304,7 @@ class _Run:
         if faster is not None and faster.is_tripped(outcome.loss):
             faster.give_up(self._cursor.step + 1)
             self._gradients.clear()
+            self._work.forget()
             done, outcome = self._summed(window, stop)
         if outcome.rows and not outcome.is_stopped:
             optimizer = self._replica.optimizer

@@ -66,6 +66,9 @@ class Work(Protocol):
     def backward(self, loss: torch.Tensor) -> None:
         """Make gradients."""
 
+    def forget(self) -> None:
+        """The last losses are of no account: their update will be made again."""
+
     def stepped(self, tally: Tally) -> None:
         """The update that the last losses were for has been made."""
 
@@ -157,6 +160,9 @@ class PlainWork:
 
     def backward(self, loss: torch.Tensor) -> None:
         loss.backward()  # type: ignore[no-untyped-call]
+
+    def forget(self) -> None:
+        self._outputs.clear()
 
     def stepped(self, tally: Tally) -> None:
         with torch.no_grad():
